@@ -19,6 +19,7 @@ $(STAMP): requirements/dev.txt pyproject.toml
 	@echo "installing the locked requirements into $(VENV) (once; a minute or so)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/dev.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m services.embedded
 	@touch $(STAMP)
 
 demo: $(STAMP) ## start everything and send real pictures through it, live
