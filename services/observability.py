@@ -1,0 +1,85 @@
+"""Logging and metrics: structured lines through structlog, every metric's name in one place.
+
+A line names what happened in the past tense and carries the position it stands for. No token, secret or file content
+is ever logged.
+"""
+
+import logging
+import sys
+from typing import TYPE_CHECKING, cast
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger, Processor
+
+FACTS_FOLDED = Counter("sluice_facts_folded_total", "Facts folded, by effect", ["effect"])
+RECORDS_QUARANTINED = Counter("sluice_records_quarantined_total", "Records that could not be decoded")
+PROJECTED_OFFSET = Gauge("sluice_projected_offset", "Next offset of the read models", ["partition"])
+LOG_LAG = Gauge("sluice_log_lag_records", "Records of the log not read yet", ["partition"])
+OLDEST_UNFINISHED = Gauge("sluice_oldest_unfinished_seconds", "Age of the oldest unfinished upload or batch")
+COMMIT_SECONDS = Histogram("sluice_commit_seconds", "One transaction of the projection")
+WORK_SECONDS = Histogram(
+    "sluice_work_seconds",
+    "Work on one file, by outcome",
+    ["outcome"],
+    buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120),
+)
+UPLOADS_WORKED = Counter("sluice_uploads_worked_total", "Attempts that came to an end, by outcome", ["outcome"])
+APPEND_SECONDS = Histogram("sluice_append_seconds", "Append to the log until acknowledged")
+READ_BACK_SECONDS = Histogram("sluice_read_back_seconds", "Append to the log until folded by the own tail")
+BYTES_RECEIVED = Counter("sluice_bytes_received_total", "Bytes of files received")
+FILES_RECEIVED = Counter("sluice_files_received_total", "Files received, by outcome", ["outcome"])
+HTTP_SECONDS = Histogram("sluice_http_seconds", "Requests answered", ["method", "route", "status"])
+CLIENTS = Gauge("sluice_clients", "Progress connections")
+FRAMES_SENT = Counter("sluice_frames_sent_total", "Frames sent to progress clients")
+CLIENTS_CLOSED = Counter("sluice_clients_closed_total", "Progress connections closed by us, by reason", ["reason"])
+TAIL_FACTS_HELD = Gauge("sluice_tail_facts_held", "Facts held that the read models do not have yet")
+TAIL_BATCHES_HELD = Gauge("sluice_tail_batches_held", "Batches held in memory")
+
+
+def configure_logging(*, service: str, log_format: str, log_level: str) -> None:
+    """Send the log lines of this process, libraries' included, to standard error."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    renderer: Processor = (
+        structlog.processors.JSONRenderer()
+        if log_format == "json"
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=44)
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                renderer,
+            ],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(log_level.upper())
+    for chatty in ("aiokafka", "faststream", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(service=service)
+
+
+def logger(name: str) -> "FilteringBoundLogger":
+    """A logger whose lines are `log.info("what_happened", key=value)`."""
+    return cast("FilteringBoundLogger", structlog.stdlib.get_logger(f"sluice.{name}"))

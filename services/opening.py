@@ -1,0 +1,114 @@
+"""What every service opens first, in this order: Postgres ‖ Kafka, versions, tables, topics, LogCreated.
+
+A part that is late is waited for within a bound and named meanwhile; one that is wrong ends the start with a sentence.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from schemas.position import Position
+from services.database import Database, DatabaseUnavailable
+from services.eventlog import EventLog, Log, LogRefused, LogSettings, LogUnavailable
+from services.lifecycle import StartError, closing, stopwatch
+from services.observability import logger
+from services.settings import Settings
+
+_log = logger("opening")
+T = TypeVar("T")
+
+PART_WAIT_S = 60.0
+PART_RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """The log and the database, checked and belonging together."""
+
+    log: Log
+    log_id: str
+    database: Database
+
+
+@contextlib.asynccontextmanager
+async def open_stores(settings: Settings, *, service: str) -> AsyncIterator[Stores]:
+    """Open both; raises StartError with what was found and what to do."""
+    async with contextlib.AsyncExitStack() as stack:
+        log = await stack.enter_async_context(_open_log(settings, service))
+        async with stopwatch("Postgres and Kafka reached, versions checked"):
+            database, _ = await _both(
+                _patiently("Postgres", lambda: Database.open(settings.database_url.get_secret_value())),
+                _patiently("Kafka", log.check_version),
+            )
+        await stack.enter_async_context(
+            closing("database connections closed", database.close, timeout_s=settings.stop_timeout_s)
+        )
+        async with stopwatch("tables ensured"):
+            await _patiently("Postgres", database.migrate)
+        async with stopwatch("topics ensured"):
+            await _patiently("Kafka", lambda: _ensure_topics(log, settings))
+            identity = await _patiently(
+                "Kafka", lambda: log.ensure_created(partitions=settings.partitions, source=f"sluice/{service}")
+            )
+        async with stopwatch("log and read models belong together"):
+            await _patiently("Postgres", lambda: _check_same_log(database, identity.log_id))
+        yield Stores(log, identity.log_id, database)
+
+
+@contextlib.asynccontextmanager
+async def _open_log(settings: Settings, service: str) -> AsyncIterator[EventLog]:
+    log_settings = LogSettings(
+        bootstrap_servers=settings.kafka_bootstrap_servers,
+        topic=settings.log_topic,
+        progress_topic=settings.progress_topic,
+        client_id=f"sluice-{service}",
+    )
+    try:
+        async with EventLog.open(log_settings) as log:
+            yield log
+    except LogRefused as error:
+        raise StartError(str(error)) from error
+
+
+async def _both(database: Awaitable[Database], version: Awaitable[str]) -> tuple[Database, str]:
+    opened, found = await asyncio.gather(database, version, return_exceptions=True)
+    if isinstance(found, BaseException) or isinstance(opened, BaseException):
+        if isinstance(opened, Database):
+            await opened.close()
+        raise opened if isinstance(opened, BaseException) else found if isinstance(found, BaseException) else OSError
+    return opened, found
+
+
+async def _ensure_topics(log: Log, settings: Settings) -> None:
+    await log.ensure_topics(
+        partitions=settings.partitions, replication_factor=settings.replication_factor, fsync=settings.fsync
+    )
+
+
+async def _check_same_log(database: Database, log_id: str) -> None:
+    for lane in (await database.positions()).values():
+        if lane.log_id != log_id:
+            raise StartError(
+                f"the read models are of the log {Position.of(lane.log_id, {}).log}, but Kafka holds the log "
+                f"{Position.of(log_id, {}).log}: check SLUICE_DATABASE_URL and SLUICE_KAFKA_BOOTSTRAP_SERVERS, or "
+                "rebuild the read models from this log with an empty database"
+            )
+
+
+async def _patiently(part: str, attempt: Callable[[], Awaitable[T]]) -> T:
+    """Try until the part is there, for PART_WAIT_S at most."""
+    began = time.monotonic()
+    waiting_said = False
+    while True:
+        try:
+            return await attempt()
+        except (DatabaseUnavailable, LogUnavailable) as error:
+            if time.monotonic() - began > PART_WAIT_S:
+                raise StartError(f"{part} did not come within {PART_WAIT_S:.0f} s: {error}") from error
+            if not waiting_said:
+                _log.warning("waiting_for_part", part=part, reason=str(error))
+                waiting_said = True
+            await asyncio.sleep(PART_RETRY_S)

@@ -1,0 +1,136 @@
+"""Every setting, its default and its check: environment variables `SLUICE_*`, read once at start.
+
+A wrong or missing one stops the start with one line each (`SettingsError`); nothing reads the environment elsewhere.
+Units stand last in the names. docs/operations.md explains when to change which.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+_MIB = 1024 * 1024
+JWT_SECRET_BYTES_MIN = 32
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
+
+
+class SettingsError(Exception):
+    """Settings that cannot be started with; the message has one line for each."""
+
+
+class Settings(BaseSettings):
+    """The settings of all services; each uses what it needs."""
+
+    model_config = SettingsConfigDict(env_prefix="SLUICE_", frozen=True, extra="ignore")
+
+    kafka_bootstrap_servers: str = Field(default="127.0.0.1:9092", description="Kafka's addresses, host:port,…")
+    database_url: SecretStr = Field(
+        default=SecretStr("postgresql://sluice@127.0.0.1:5432/sluice"), description="where Postgres is"
+    )
+    blob_url: str = Field(default="", description="where files are kept: file:///an/absolute/folder")
+
+    log_topic: str = Field(default="sluice.events", description="the topic of facts")
+    progress_topic: str = Field(default="sluice.progress", description="the topic of percentages")
+    partitions: Annotated[int, Field(ge=1, le=256)] = Field(default=1, description="lanes; they are never taken away")
+    partition: Annotated[int, Field(ge=0, le=255)] = Field(default=0, description="the lane this processor works")
+    replication_factor: Annotated[int, Field(ge=1, le=15)] = Field(default=1, description="of topics made at start")
+    fsync: bool = Field(default=False, description="survive the loss of power, not only of processes (slower)")
+
+    jwt_secret: SecretStr | None = Field(default=None, description="the HS256 key of tokens, 32 bytes or more")
+    jwt_issuer: str | None = Field(default=None, description="the `iss` every token must carry, if set")
+    jwt_audience: str | None = Field(default=None, description="the `aud` every token must carry, if set")
+    jwt_leeway_s: Annotated[float, Field(ge=0, le=300)] = Field(default=10, description="clock difference forgiven")
+
+    host: str = Field(default="127.0.0.1", description="the address every service listens on")
+    api_port: Port = Field(default=8080, description="the api's port")
+    notifier_port: Port = Field(default=8081, description="the notifier's port")
+    processor_port: Port = Field(default=8082, description="the processor's port for health and metrics")
+    notifier_public_url: str = Field(default="", description="where browsers reach the notifier")
+
+    files_max: Annotated[int, Field(ge=1, le=1_000_000)] = Field(default=1_000, description="files of a new batch")
+    batch_bytes_max: Annotated[int, Field(ge=1)] = Field(default=10_000_000_000, description="bytes of a new batch")
+    file_bytes_max: Annotated[int, Field(ge=1)] = Field(default=100_000_000, description="bytes of one of its files")
+    idle_seal_s: Seconds = Field(default=24 * 3600, description="an open batch is sealed so long after its last file")
+
+    work_timeout_s: Seconds = Field(default=120, description="longest work on one file")
+    work_memory_bytes: Annotated[int, Field(ge=0)] = Field(
+        default=1024 * _MIB, description="most memory for the work on one file; 0: no limit"
+    )
+    pixels_max: Annotated[int, Field(ge=1)] = Field(default=100_000_000, description="pixels of one picture")
+
+    read_back_timeout_s: Seconds = Field(default=10, description="longest wait for a write to come back from the log")
+    projection_timeout_s: Seconds = Field(default=5, description="longest wait for `min_position`")
+    tail_lag_max_s: Seconds = Field(default=2, description="a tail further behind than this takes no writes")
+    tail_batches_max: Annotated[int, Field(ge=1)] = Field(default=2_000, description="batches held in memory at rest")
+    tail_facts_max: Annotated[int, Field(ge=1_000)] = Field(
+        default=200_000, description="facts held that the read models do not have yet"
+    )
+
+    clients_max: Annotated[int, Field(ge=1)] = Field(default=10_000, description="progress connections, all users")
+    clients_per_user_max: Annotated[int, Field(ge=1)] = Field(default=100, description="progress connections, one user")
+    client_bytes_max: Annotated[int, Field(ge=65_536)] = Field(
+        default=8 * _MIB, description="bytes waiting for one client before it is closed as too slow"
+    )
+    heartbeat_s: Seconds = Field(default=20, description="pause between the notifier's pings")
+
+    stop_timeout_s: Seconds = Field(default=15, description="longest clean stop")
+    log_format: Literal["console", "json"] = Field(default="console", description="how log lines look")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        complaints: list[str] = []
+        if self.jwt_secret is not None and len(self.jwt_secret.get_secret_value().encode()) < JWT_SECRET_BYTES_MIN:
+            complaints.append(f"SLUICE_JWT_SECRET is shorter than {JWT_SECRET_BYTES_MIN} bytes; use a random one")
+        if self.partition >= self.partitions:
+            complaints.append(f"SLUICE_PARTITION={self.partition} is not below SLUICE_PARTITIONS={self.partitions}")
+        if self.file_bytes_max > self.batch_bytes_max:
+            complaints.append("SLUICE_FILE_BYTES_MAX is larger than SLUICE_BATCH_BYTES_MAX")
+        if self.blob_url and not self.blob_url.startswith("file:///"):
+            complaints.append(f"SLUICE_BLOB_URL={self.blob_url!r} is not of the form file:///an/absolute/folder")
+        if complaints:
+            raise ValueError("\n".join(complaints))
+        return self
+
+    @property
+    def blob_folder(self) -> Path:
+        """The local folder of the blob store."""
+        return Path(unquote(urlsplit(self.blob_url).path))
+
+    @property
+    def notifier_url(self) -> str:
+        """Where clients reach the notifier."""
+        return self.notifier_public_url or f"http://{self.host}:{self.notifier_port}"
+
+
+def load(*, needs: tuple[str, ...] = (), **overrides: Any) -> Settings:
+    """The settings from the environment; raises SettingsError with a line for each wrong or missing one.
+
+    `needs` names fields that have no default a service could start with.
+    """
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        raise SettingsError("\n".join(_lines(error))) from None
+    missing = [name for name in needs if not getattr(settings, name)]
+    if missing:
+        raise SettingsError(
+            "\n".join(
+                f"SLUICE_{name.upper()} is not set: {Settings.model_fields[name].description}" for name in missing
+            )
+        )
+    return settings
+
+
+def _lines(error: ValidationError) -> list[str]:
+    lines: list[str] = []
+    for found in error.errors(include_url=False):
+        name = f"SLUICE_{str(found['loc'][0]).upper()}" if found["loc"] else ""
+        message = found["msg"].removeprefix("Value error, ")
+        shown = "" if "secret" in name.lower() or "url" in name.lower() or not name else f"={found['input']!r:.80}"
+        lines.append(f"{name}{shown}: {message}" if name else message)
+    return lines
