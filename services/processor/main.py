@@ -1,0 +1,354 @@
+"""The processor: one lane of the log, worked strictly one upload at a time.
+
+Read `run` first, then down: open what is needed, take the lane, claim it in the log, then read, write and work side by
+side until a signal, a newer claim or a broken promise ends it. A lost lane ends this process; a new one begins from
+what Postgres holds.
+"""
+
+import asyncio
+import contextlib
+import os
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from starlette.applications import Starlette
+
+from schemas.batch import Changed
+from schemas.events import LaneClaimed, encode
+from schemas.records import StoredRecord
+from services.blobs import BlobStore, StorageUnavailable
+from services.database import DatabaseUnavailable
+from services.eventlog import LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
+from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.observability import LOG_LAG, configure_logging, logger
+from services.opening import Stores, open_stores
+from services.processor.lane import APPEND_TIMEOUT_S, LaneWorker, envelope
+from services.processor.lock import LaneLock
+from services.processor.projection import Projected, Projection
+from services.processor.work.port import WorkerUnavailable
+from services.processor.work.process import WorkerProcess
+from services.serving import health_routes, serving
+from services.settings import Settings, load
+
+_log = logger("processor")
+
+READ_RECORDS_MAX = 2_000
+READ_TIMEOUT_MS = 200
+UNFLUSHED_RECORDS_MAX = 20_000
+FLUSH_PAUSE_S = 0.005
+RETRY_INTERVAL_S = 0.5
+CATCH_UP_REPORT_S = 5.0
+HOUSEKEEPING_INTERVAL_S = 5.0
+
+
+def run() -> None:
+    """Start, work, stop."""
+    run_service(main)
+
+
+@dataclass(slots=True)
+class Health:
+    """What keeps the lane from going on, by part; empty when nothing does."""
+
+    state: str = "starting"
+    parts: dict[str, str] = field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        starting = [f"the lane is {self.state}"] if self.state == "starting" else []
+        return [*starting, *self.parts.values()]
+
+    def lost(self, part: str, reason: str) -> None:
+        if part not in self.parts:
+            _log.warning("part_lost", part=part, reason=reason)
+        self.parts[part] = reason
+
+    def back(self, part: str) -> None:
+        if self.parts.pop(part, None) is not None:
+            _log.info("part_back", part=part)
+
+
+async def main() -> None:
+    settings = load(needs=("blob_url",))
+    configure_logging(service="processor", log_format=settings.log_format, log_level=settings.log_level)
+    stop, health = asyncio.Event(), Health()
+    with stop_signals(stop):
+        async with contextlib.AsyncExitStack() as stack:
+            await stack.enter_async_context(_serving_health(settings, health))
+            blobs, worker, scratch, stores = await stack.enter_async_context(_parts(settings))
+            _log.info("processor_ready", partition=settings.partition, log_id=stores.log_id)
+            working = asyncio.create_task(
+                _work_lane(settings, stores, blobs, worker, scratch, health, stop), name="lane"
+            )
+            stopping = asyncio.create_task(stop.wait(), name="stop")
+            try:
+                await first_of(working, stopping)
+                async with asyncio.timeout(settings.stop_timeout_s):
+                    await working
+            except TimeoutError:
+                _log.warning("stop_took_too_long", seconds=settings.stop_timeout_s)
+            finally:
+                await cancelled(working, stopping)
+
+
+@contextlib.asynccontextmanager
+async def _serving_health(settings: Settings, health: Health) -> AsyncIterator[None]:
+    app = Starlette(routes=health_routes(health.problems))
+    async with serving(app, host=settings.host, port=settings.processor_port, stop_timeout_s=1):
+        yield
+
+
+@contextlib.asynccontextmanager
+async def _parts(settings: Settings) -> AsyncIterator[tuple[BlobStore, WorkerProcess, Path, Stores]]:
+    async with contextlib.AsyncExitStack() as stack:
+        async with stopwatch("blob store reached"):
+            blobs = await stack.enter_async_context(_open_blobs(settings))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sluice-work-")))
+        async with stopwatch("child process warm"):
+            worker = await _start_worker(settings)
+            await stack.enter_async_context(closing("child process ended", worker.stop, timeout_s=5))
+        stores = await stack.enter_async_context(open_stores(settings, service="processor"))
+        yield blobs, worker, scratch, stores
+
+
+@contextlib.asynccontextmanager
+async def _open_blobs(settings: Settings) -> AsyncIterator[BlobStore]:
+    try:
+        async with BlobStore.open(settings.blob_folder, fsync=settings.fsync) as blobs:
+            yield blobs
+    except StorageUnavailable as error:
+        raise StartError(f"SLUICE_BLOB_URL={settings.blob_url}: {error}") from error
+
+
+async def _start_worker(settings: Settings) -> WorkerProcess:
+    worker = WorkerProcess(
+        options={"image": {"pixels_max": settings.pixels_max}}, memory_bytes_max=settings.work_memory_bytes
+    )
+    try:
+        await worker.start()
+    except WorkerUnavailable as error:
+        raise StartError(str(error)) from error
+    for reason in worker.degraded:
+        _log.warning("mode_degraded", reason=reason)
+    return worker
+
+
+async def _work_lane(
+    settings: Settings,
+    stores: Stores,
+    blobs: BlobStore,
+    worker: WorkerProcess,
+    scratch: Path,
+    health: Health,
+    stop: asyncio.Event,
+) -> None:
+    """Take the lane, then work it until `stop`; raises StartError where it is lost."""
+    async with contextlib.AsyncExitStack() as stack:
+        lock = await stack.enter_async_context(LaneLock.open(stores.database, partition=settings.partition))
+        health.state = "standing by"
+        if not await _unless_stopped(lock.take(), stop):
+            return
+        health.state = "catching up"
+        reader, writer = stores.log.reader([settings.partition]), stores.log.writer()
+        stack.push_async_callback(writer.close)
+        stack.push_async_callback(reader.close)
+        keeping = asyncio.create_task(lock.keep(), name="lane.lock")
+        stack.push_async_callback(cancelled, keeping)
+        async with stopwatch(f"lane {settings.partition} claimed"):
+            projection = await _patiently_open(stores, settings.partition)
+            await _read_from(reader, projection)
+            epoch = await _claim(reader, writer, projection, health)
+        hand = LaneWorker(
+            epoch=epoch,
+            log=stores.log,
+            writer=writer,
+            projection=projection,
+            blobs=blobs,
+            worker=worker,
+            scratch=scratch,
+            work_timeout_s=settings.work_timeout_s,
+            may_start=lambda: lock.held and "database" not in health.parts,
+        )
+        lock.on_change = hand.wake
+        await hand.load()
+        health.state = "working"
+        _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)
+        await _go_on(settings, Lane(reader, projection, hand, blobs, health), keeping, stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """The parts of a lane that is being worked."""
+
+    reader: LogReader
+    projection: Projection
+    hand: LaneWorker
+    blobs: BlobStore
+    health: Health
+
+
+async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], stop: asyncio.Event) -> None:
+    """Read, write and work side by side until `stop`, then let the hand finish and write what was read."""
+    reading = asyncio.create_task(_read(lane), name="lane.read")
+    flushing = asyncio.create_task(_flush(lane), name="lane.flush")
+    working = asyncio.create_task(lane.hand.run(), name="lane.work")
+    housekeeping = asyncio.create_task(_keep_house(lane, settings.idle_seal_s), name="lane.housekeeping")
+    stopping = asyncio.create_task(stop.wait(), name="lane.stop")
+    tasks = (reading, flushing, working, housekeeping, stopping)
+    try:
+        await first_of(*tasks, keeping)
+        await lane.hand.stop()
+        await first_of(working, reading, flushing)
+        _log.info("lane_given_back", epoch=lane.hand.epoch, next_offset=lane.projection.lane.next_offset)
+    except (LogRefused, LogUnavailable) as error:
+        raise StartError(str(error)) from error
+    finally:
+        await cancelled(*tasks)
+        with contextlib.suppress(DatabaseUnavailable):
+            await lane.projection.flush()
+
+
+async def _patiently_open(stores: Stores, partition: int) -> Projection:
+    while True:
+        try:
+            return await Projection.open(stores.database, partition=partition, log_id=stores.log_id)
+        except DatabaseUnavailable:
+            await asyncio.sleep(RETRY_INTERVAL_S)
+
+
+async def _read_from(reader: LogReader, projection: Projection) -> None:
+    while True:
+        try:
+            await reader.seek(projection.lane.partition, projection.lane.next_offset)
+        except LogUnavailable:
+            await asyncio.sleep(RETRY_INTERVAL_S)
+        except LogRefused as error:
+            raise StartError(str(error)) from error
+        else:
+            return
+
+
+async def _claim(reader: LogReader, writer: LogWriter, projection: Projection, health: Health) -> int:
+    """Catch up, say that the lane is ours, and read on until our own claim comes back effective: its offset is our
+    epoch. Everything read by then is in Postgres afterwards."""
+    worker_id = f"{socket.gethostname()}-{os.getpid()}"
+    partition = projection.lane.partition
+    while True:
+        await _catch_up(reader, projection, health)
+        said = envelope()
+        claim = LaneClaimed(worker_id=worker_id, after=projection.lane.epoch)
+        try:
+            await writer.append(partition, [encode(claim, said)], timeout_s=APPEND_TIMEOUT_S)
+        except (LogUnavailable, LogOutcomeUnknown) as error:
+            health.lost("log", str(error))
+            await asyncio.sleep(RETRY_INTERVAL_S)
+        for projected in await _catch_up(reader, projection, health):
+            if projected.fact.id == said.id and isinstance(projected.outcome, Changed):
+                return projected.fact.offset
+
+
+async def _catch_up(reader: LogReader, projection: Projection, health: Health) -> list[Projected]:
+    """Read and write to where the log ends at the call; returns the claims among what was read."""
+    claims: list[Projected] = []
+    reported = began = time.monotonic()
+    end: int | None = None
+    while end is None or projection.lane.next_offset < end or projection.dirty:
+        try:
+            if end is None:
+                end = (await reader.ends())[projection.lane.partition]
+            if projection.lane.next_offset < end:
+                records = await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
+                folded = await projection.fold(records)
+                claims += [each for each in folded if isinstance(each.fact.event, LaneClaimed)]
+            await projection.flush()
+        except (LogUnavailable, DatabaseUnavailable) as error:
+            health.lost("catching up", str(error))
+            await asyncio.sleep(RETRY_INTERVAL_S)
+            continue
+        health.back("catching up")
+        health.back("log")
+        if time.monotonic() - reported > CATCH_UP_REPORT_S:
+            reported = time.monotonic()
+            _report_catching_up(projection, end, reported - began)
+    return claims
+
+
+def _report_catching_up(projection: Projection, end: int, seconds: float) -> None:
+    _log.info(
+        "catching_up",
+        partition=projection.lane.partition,
+        next_offset=projection.lane.next_offset,
+        records_left=end - projection.lane.next_offset,
+        seconds=round(seconds, 1),
+    )
+
+
+async def _read(lane: Lane) -> None:
+    """Fold what comes and show it to the hand; never far ahead of what Postgres holds."""
+    reader, projection, health = lane.reader, lane.projection, lane.health
+    records: list[StoredRecord] = []
+    while True:
+        if projection.lane.next_offset - projection.committed > UNFLUSHED_RECORDS_MAX:
+            await asyncio.sleep(FLUSH_PAUSE_S)
+            continue
+        try:
+            records = records or await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
+            health.back("log")
+            folded = await projection.fold(records)
+            records = []
+            health.back("database")
+            for projected in folded:
+                lane.hand.see(projected)
+        except LogUnavailable as error:
+            health.lost("log", str(error))
+            await asyncio.sleep(RETRY_INTERVAL_S)
+        except DatabaseUnavailable as error:
+            health.lost("database", str(error))
+            await asyncio.sleep(RETRY_INTERVAL_S)
+
+
+async def _flush(lane: Lane) -> None:
+    """Bring what was folded into Postgres, a transaction each few milliseconds, and remove the files of what was
+    deleted once its deletion stands there."""
+    while True:
+        await lane.projection.folded.wait()
+        lane.projection.folded.clear()
+        while lane.projection.dirty:
+            try:
+                removed = await lane.projection.flush()
+            except DatabaseUnavailable as error:
+                lane.health.lost("database", str(error))
+                await asyncio.sleep(RETRY_INTERVAL_S)
+                continue
+            lane.health.back("database")
+            for upload_id in removed:
+                with contextlib.suppress(StorageUnavailable):
+                    await lane.blobs.delete_upload(upload_id)
+            await asyncio.sleep(FLUSH_PAUSE_S)
+
+
+async def _keep_house(lane: Lane, idle_seal_s: float) -> None:
+    """What depends on the clock: open batches nobody adds to are sealed; how far behind we are is measured."""
+    partition = lane.projection.lane.partition
+    while True:
+        with contextlib.suppress(DatabaseUnavailable):
+            await lane.hand.seal_idle(int((time.time() - idle_seal_s) * 1000))
+        with contextlib.suppress(LogUnavailable):
+            end = (await lane.reader.ends())[partition]
+            LOG_LAG.labels(partition).set(max(0, end - lane.projection.lane.next_offset))
+        lane.hand.wake()
+        await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
+
+
+async def _unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
+    """Do the work unless `stop` comes first; whether it was done."""
+    task, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await first_of(task, stopping)
+        return task.done()
+    finally:
+        await cancelled(task, stopping)
