@@ -258,7 +258,12 @@ class Tail:
 
         Raises DatabaseUnavailable where the batch is not in memory and its rows cannot be had.
         """
+        if partition_of(batch_id) not in self._partitions:
+            yield None
+            return
         held = await self._load(batch_id)
+        while self._held.get(batch_id) is not held:  # it was let go of before we could say that we use it
+            held = await self._load(batch_id)
         held.users += 1
         try:
             yield held if held.batch is not None else None
@@ -276,9 +281,7 @@ class Tail:
         return await asyncio.shield(loading)
 
     async def _load_rows(self, batch_id: str) -> Held:
-        partition = self._partitions.get(partition_of(batch_id))
-        if partition is None:
-            return Held(batch_id, None, {}, folded_to=0)
+        partition = self._partitions[partition_of(batch_id)]
         complete_from = partition.projected
         snapshot = await self._database.snapshot(batch_id)
         included = snapshot.lane.next_offset

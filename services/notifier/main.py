@@ -1,0 +1,144 @@
+"""The notifier's story: settings, logging, the log and the database, the tail caught up, then serve until told to stop.
+
+It keeps nothing that it cannot read again: a client that comes back, to this notifier or another, says `since` and goes
+on. Told to stop, it takes no new clients and sends those it has away with 1012, then closes in reverse.
+"""
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.routing import WebSocketRoute
+
+from services.auth import authenticate
+from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.notifier.hub import Hub, HubLimits
+from services.notifier.sessions import CLIENT_MESSAGE_BYTES_MAX, Connection, Parts, Sessions
+from services.notifier.subscriptions import Subscriptions
+from services.notifier.watches import Watches
+from services.observability import configure_logging, logger
+from services.opening import Stores, open_stores
+from services.serving import health_routes, serving
+from services.settings import Settings, load
+from services.tail import Tail
+
+_log = logger("notifier")
+
+CLIENT_FRAMES_MAX = 50_000
+HISTORY_BYTES_MAX = 64 * 1024 * 1024
+
+
+def run() -> None:
+    """Run the notifier until SIGTERM or SIGINT."""
+    run_service(main)
+
+
+async def main() -> None:
+    settings = load(needs=("jwt_secret",))
+    configure_logging(service="notifier", log_format=settings.log_format, log_level=settings.log_level)
+    stop, ready = asyncio.Event(), asyncio.Event()
+    with stop_signals(stop):
+        serving_until = asyncio.create_task(_serve(settings, stop, ready), name="notifier")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        try:
+            await first_of(serving_until, stopping)
+            if ready.is_set():
+                await serving_until
+        finally:
+            await cancelled(serving_until, stopping)
+
+
+async def _serve(settings: Settings, stop: asyncio.Event, ready: asyncio.Event) -> None:
+    async with notifying(settings) as notifier:
+        ready.set()
+        await notifier.until(stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Notifier:
+    """A notifier that serves on `port`."""
+
+    port: int
+    tail: Tail
+    watches: Watches
+    relay: asyncio.Task[None]
+
+    async def until(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set; raises StartError where a part ended without which there is nothing to tell."""
+        told = asyncio.create_task(stop.wait(), name="stop")
+        failed = asyncio.create_task(self.tail.failure(), name="tail_failure")
+        try:
+            await first_of(told, failed, self.relay)
+        except Exception as error:
+            raise StartError(f"the notifier cannot go on: {error}") from error
+        finally:
+            await cancelled(told, failed)
+
+
+@contextlib.asynccontextmanager
+async def notifying(settings: Settings) -> AsyncIterator[Notifier]:
+    """A notifier that is ready, until the block is left."""
+    async with contextlib.AsyncExitStack() as stack:
+        stores = await stack.enter_async_context(open_stores(settings, service="notifier"))
+        async with stopwatch("tail caught up"):
+            tail = await stack.enter_async_context(_tail(settings, stores))
+            await tail.caught_up()
+        hub = Hub(_limits(settings))
+        watches = await stack.enter_async_context(Watches.open(tail=tail, hub=hub))
+        progress = stores.log.progress_reader(range(settings.partitions))
+        stack.push_async_callback(progress.close)
+        relay = asyncio.create_task(watches.relay_progress(progress), name="relay_progress")
+        stack.push_async_callback(cancelled, relay)
+        parts = Parts(
+            hub=hub,
+            subscriptions=Subscriptions(tail, hub, watches),
+            authenticate=functools.partial(authenticate, settings=settings),
+            heartbeat_s=settings.heartbeat_s,
+        )
+        sessions = Sessions(parts)
+        port = await stack.enter_async_context(_served(settings, sessions, tail))
+        await stack.enter_async_context(closing("clients sent away", sessions.close, timeout_s=settings.stop_timeout_s))
+        _log.info("notifier_ready", position=str(tail.position()))
+        yield Notifier(port=port, tail=tail, watches=watches, relay=relay)
+
+
+def _tail(settings: Settings, stores: Stores) -> contextlib.AbstractAsyncContextManager[Tail]:
+    return Tail.open(
+        log=stores.log,
+        database=stores.database,
+        log_id=stores.log_id,
+        partitions=settings.partitions,
+        facts_max=settings.tail_facts_max,
+        batches_max=settings.tail_batches_max,
+    )
+
+
+def _limits(settings: Settings) -> HubLimits:
+    return HubLimits(
+        clients_max=settings.clients_max,
+        clients_per_user_max=settings.clients_per_user_max,
+        client_bytes_max=settings.client_bytes_max,
+        client_frames_max=CLIENT_FRAMES_MAX,
+        history_bytes_max=HISTORY_BYTES_MAX,
+    )
+
+
+def _served(settings: Settings, sessions: Sessions, tail: Tail) -> contextlib.AbstractAsyncContextManager[int]:
+    def problems() -> list[str]:
+        return [*tail.problems(), *(["the notifier is stopping"] if sessions.stopping else [])]
+
+    routes = [*health_routes(problems), WebSocketRoute("/v1/ws", sessions.serve)]
+    return serving(
+        Starlette(routes=routes),
+        host=settings.host,
+        port=settings.notifier_port,
+        stop_timeout_s=settings.stop_timeout_s,
+        ws=Connection,
+        ws_max_size=CLIENT_MESSAGE_BYTES_MAX,
+        ws_ping_interval=settings.heartbeat_s,
+        ws_ping_timeout=settings.heartbeat_s,
+        ws_per_message_deflate=False,
+    )

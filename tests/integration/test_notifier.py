@@ -1,0 +1,951 @@
+"""The notifier as its clients meet it: real WebSockets, on real Kafka and Postgres.
+
+Nobody projects the log here unless a test says so: the facts are appended as api and processor would, and the
+notifier's tail keeps them all. `Scene` is one notifier and the log it reads; `Watcher` one client of it.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client import REGISTRY
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from schemas.events import Envelope, LogEvent, UploadProgressed, encode
+from schemas.ids import new_id
+from schemas.position import Position
+from services.auth import make_token
+from services.database import Database, DatabaseUnavailable
+from services.eventlog import EventLog, Log, LogSettings, LogWriter
+from services.lifecycle import cancelled
+from services.notifier import messages, sessions, subscriptions
+from services.notifier.main import notifying
+from services.processor.projection import Projection
+from services.settings import Settings
+from tests.examples import (
+    BATCH,
+    OTHER_USER,
+    RESULT,
+    UPLOAD,
+    USER,
+    a_batch_cancelled,
+    a_batch_completed,
+    a_batch_created,
+    a_batch_deleted,
+    a_batch_sealed,
+    a_lane_claimed,
+    an_id,
+    an_upload_attempt_failed,
+    an_upload_progressed,
+    an_upload_queued,
+    an_upload_started,
+    an_upload_succeeded,
+)
+
+SECRET = "a secret of tests, at least thirty-two bytes long"
+SOON_S = 15.0
+
+
+class Watcher:
+    """A client: what it was told, message by message."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self._unread: list[dict[str, Any]] = []
+        self.frames: list[str] = []
+
+    async def say(self, *messages: dict[str, Any]) -> None:
+        await self.socket.send("\n".join(json.dumps(message) for message in messages))
+
+    async def hear(self) -> dict[str, Any]:
+        """The next message."""
+        async with asyncio.timeout(SOON_S):
+            while not self._unread:
+                frame = await self.socket.recv()
+                assert isinstance(frame, str)
+                self.frames.append(frame)
+                self._unread = [json.loads(line) for line in frame.split("\n")]
+        return self._unread.pop(0)
+
+    async def hear_until(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """All messages up to the first one that is wanted."""
+        heard = [await self.hear()]
+        while not wanted(heard[-1]):
+            heard.append(await self.hear())
+        return heard
+
+    async def hear_to(self, position: Position) -> list[dict[str, Any]]:
+        """All messages up to the fact at this position."""
+        return await self.hear_until(lambda message: message.get("position") == str(position))
+
+    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        await self.say(message)
+        return await self.hear()
+
+    async def subscribe(self, batch_id: str = BATCH, **more: Any) -> dict[str, Any]:
+        return await self.ask({"type": "subscribe", "batch_id": batch_id, **more})
+
+    async def silence(self) -> None:
+        """Nothing waits for us: the answer to a ping comes first."""
+        assert await self.ask({"type": "ping"}) == {"type": "pong"}
+
+    async def closed(self) -> tuple[int, str]:
+        """How the connection is closed: code and reason; what comes before is passed over."""
+        with contextlib.suppress(ConnectionClosed):
+            async with asyncio.timeout(SOON_S):
+                while True:
+                    await self.socket.recv()
+        assert self.socket.close_code is not None
+        return self.socket.close_code, self.socket.close_reason or ""
+
+
+class Scene:
+    """A log with its first records, and a notifier that reads it on `port`."""
+
+    def __init__(self, settings: Settings, log: Log, writer: LogWriter, log_id: str) -> None:
+        self.settings = settings
+        self.log = log
+        self.log_id = log_id
+        self.port = 0
+        self.epoch = 0
+        self._writer = writer
+        self._stack = contextlib.AsyncExitStack()
+
+    async def append(self, *events: LogEvent) -> Position:
+        """Append the events as one group; the position of the last one."""
+        records = [encode(event, an_envelope()) for event in events]
+        first = await self._writer.append(0, records, timeout_s=10)
+        return Position.of(self.log_id, {0: first + len(events) - 1})
+
+    def progress(self, event: UploadProgressed) -> None:
+        self.log.publish_progress(0, encode(event, an_envelope()))
+
+    @contextlib.asynccontextmanager
+    async def connected(self, user: str | None = USER, **options: Any) -> AsyncIterator[Watcher]:
+        """A client that is authenticated as the user, or not at all for None."""
+        async with connect(f"ws://127.0.0.1:{self.port}/v1/ws", **options) as socket:
+            watcher = Watcher(socket)
+            if user is not None:
+                ready = await watcher.ask({"type": "auth", "token": a_token(user)})
+                assert ready["type"] == "ready"
+            yield watcher
+
+
+def an_envelope() -> Envelope:
+    return Envelope(id=new_id(now_ms=0, random=os.urandom(9)), source="/sluice/tests", time="2026-01-01T12:00:00Z")
+
+
+def a_token(user: str = USER, *, ttl_s: float | None = 3600, secret: str = SECRET) -> str:
+    return make_token(user, secret, ttl_s=ttl_s)
+
+
+@pytest.fixture
+def settings(kafka: str, database_url: str, unique: str) -> Settings:
+    return Settings(
+        kafka_bootstrap_servers=kafka,
+        database_url=database_url,
+        log_topic=f"{unique}.events",
+        progress_topic=f"{unique}.progress",
+        jwt_secret=SECRET,
+        notifier_port=0,
+        client_bytes_max=1_000_000,
+        clients_per_user_max=20,
+        stop_timeout_s=5,
+    )
+
+
+@pytest.fixture
+async def quiet(settings: Settings) -> AsyncIterator[Scene]:
+    """A log with a claimed lane, and no notifier yet."""
+    log_settings = LogSettings(
+        bootstrap_servers=settings.kafka_bootstrap_servers,
+        topic=settings.log_topic,
+        progress_topic=settings.progress_topic,
+    )
+    async with EventLog.open(log_settings) as log:
+        await log.ensure_topics(partitions=1)
+        identity = await log.ensure_created(partitions=1, source="/sluice/tests")
+        scene = Scene(settings, log, log.writer(), identity.log_id)
+        claimed = await scene.append(a_lane_claimed())
+        scene.epoch = claimed.offset(0) or 0
+        assert scene.epoch == 1
+        yield scene
+
+
+@pytest.fixture
+async def scene(quiet: Scene) -> AsyncIterator[Scene]:
+    async with notifying(quiet.settings) as notifier:
+        quiet.port = notifier.port
+        yield quiet
+
+
+def offset_of(message: dict[str, Any]) -> int:
+    return Position.parse(message["position"]).offsets[0][1]
+
+
+def types_of(heard: list[dict[str, Any]]) -> list[str]:
+    return [message["event"]["type"].split(".")[1] for message in heard if message["type"] == "event"]
+
+
+# Who may listen
+
+
+async def test_the_first_message_says_who_is_there_and_the_answer_where_the_log_is(scene: Scene) -> None:
+    async with scene.connected(user=None) as watcher:
+        ready = await watcher.ask({"type": "auth", "token": a_token()})
+        response = watcher.socket.response
+
+    assert response is not None
+    assert "Sec-WebSocket-Extensions" not in response.headers, "compression costs more than it saves"
+    assert ready == {"type": "ready", "user_id": USER, "heartbeat_s": 20.0, "position": f"{scene.log_id[:8]}.0-1"}
+
+
+async def test_an_authorization_header_at_the_handshake_counts_too(scene: Scene) -> None:
+    headers = {"Authorization": f"Bearer {a_token()}"}
+
+    async with scene.connected(user=None, additional_headers=headers) as watcher:
+        ready = await watcher.hear()
+
+    assert (ready["type"], ready["user_id"]) == ("ready", USER)
+
+
+async def test_anything_else_first_closes_with_4001(scene: Scene) -> None:
+    firsts: list[Any] = [
+        {"type": "auth", "token": "no token"},
+        {"type": "auth", "token": a_token(secret="another secret, thirty-two bytes or more")},
+        {"type": "auth", "token": a_token(ttl_s=-3600)},
+        {"type": "auth"},
+        {"type": "subscribe", "batch_id": BATCH},
+        {"type": "ping"},
+        "not even an object",
+        {"type": "é" * 200},
+    ]
+    for first in firsts:
+        async with scene.connected(user=None) as watcher:
+            await watcher.say(first)
+
+            code, reason = await watcher.closed()
+
+            assert code == 4001
+            assert reason
+
+
+async def test_a_wrong_authorization_header_closes_with_4001(scene: Scene) -> None:
+    for header in (
+        "Bearer no-token",
+        "Basic YTpi",
+        f"Bearer {a_token(secret='another secret of 32 bytes or so, yes')}",
+    ):
+        async with scene.connected(user=None, additional_headers={"Authorization": header}) as watcher:
+            code, _ = await watcher.closed()
+
+            assert code == 4001
+
+
+async def test_a_binary_first_message_closes_with_4001(scene: Scene) -> None:
+    async with scene.connected(user=None) as watcher:
+        await watcher.socket.send(b"\x00\x01")
+
+        code, _ = await watcher.closed()
+
+    assert code == 4001
+
+
+async def test_no_token_in_time_closes_with_4001(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "AUTH_TIMEOUT_S", 0.1)
+
+    async with scene.connected(user=None) as watcher:
+        code, reason = await watcher.closed()
+
+    assert (code, reason) == (4001, "no token within 0.1 s")
+
+
+async def test_a_connection_ends_with_its_token_and_lives_on_with_a_newer_one(scene: Scene) -> None:
+    async with scene.connected(user=None) as watcher, scene.connected(user=None) as renewing:
+        for each in (watcher, renewing):
+            await each.ask({"type": "auth", "token": a_token(ttl_s=1)})
+
+        again = await renewing.ask({"type": "auth", "token": a_token(ttl_s=3600)})
+        code, reason = await watcher.closed()
+        await renewing.silence()
+
+    assert again["type"] == "ready"
+    assert code == 4001
+    assert "expired" in reason
+
+
+async def test_a_connection_stays_its_users_own(scene: Scene) -> None:
+    async with scene.connected() as watcher:
+        answer = await watcher.ask({"type": "auth", "token": a_token(OTHER_USER)})
+
+        assert (answer["type"], answer["code"]) == ("error", "unauthorized")
+        await watcher.silence()
+
+
+async def test_more_connections_than_a_user_may_have_are_closed_with_4009(scene: Scene) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        for _ in range(20):
+            await stack.enter_async_context(scene.connected())
+
+        surplus = await stack.enter_async_context(scene.connected(user=None))
+        await surplus.say({"type": "auth", "token": a_token()})
+        code, reason = await surplus.closed()
+        someone_else = await stack.enter_async_context(scene.connected(OTHER_USER))
+        await someone_else.silence()
+
+    assert code == 4009
+    assert "20" in reason
+
+
+# What is not understood
+
+
+async def test_what_is_not_understood_is_answered_with_an_error_and_the_connection_stays(scene: Scene) -> None:
+    async with scene.connected() as watcher:
+        for text in ("{", "[]", '{"type":"dance"}', '{"type":"subscribe"}', '{"type":"subscribe","user":false}'):
+            await watcher.socket.send(text)
+
+            answer = await watcher.hear()
+
+            assert (answer["type"], answer["code"]) == ("error", "invalid_request")
+            assert answer["detail"]
+        await watcher.socket.send(b"{}")
+        assert (await watcher.hear())["code"] == "invalid_request"
+        await watcher.silence()
+
+
+async def test_several_messages_in_one_frame_are_answered_in_order(scene: Scene) -> None:
+    async with scene.connected(user=None) as watcher:
+        await watcher.say({"type": "auth", "token": a_token()}, {"type": "ping"}, {"type": "dance"}, {"type": "ping"})
+
+        heard = [await watcher.hear() for _ in range(4)]
+
+    assert [message["type"] for message in heard] == ["ready", "pong", "error", "pong"]
+
+
+async def test_a_message_that_is_too_large_ends_the_connection(scene: Scene) -> None:
+    async with scene.connected() as watcher:
+        await watcher.say({"type": "ping", "padding": "x" * 20_000})
+
+        code, _ = await watcher.closed()
+
+    assert code == 1009
+
+
+async def test_batches_nobody_knows_and_batches_of_others_are_equally_not_found(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+
+    async with scene.connected(OTHER_USER) as watcher:
+        answers = [await watcher.subscribe(batch_id) for batch_id in (an_id("nobody"), BATCH, "no-id")]
+
+    for batch_id, answer in zip((an_id("nobody"), BATCH, "no-id"), answers, strict=True):
+        expected = {"type": "error", "code": "not_found", "detail": f"There is no batch {batch_id}"}
+        assert answer == {**expected, "batch_id": batch_id}
+
+
+async def test_subscribing_to_all_batches_of_a_user_is_refused_in_words(scene: Scene) -> None:
+    async with scene.connected() as watcher:
+        answer = await watcher.ask({"type": "subscribe", "user": True})
+
+    assert (answer["type"], answer["code"]) == ("error", "invalid_request")
+
+
+# What a subscriber is told
+
+
+async def test_a_batch_appended_just_now_is_found_at_once(scene: Scene) -> None:
+    async with scene.connected() as watcher:
+        for number in range(20):
+            batch_id = an_id("just now", number)
+            await scene.append(a_batch_created(batch_id))
+
+            answer = await watcher.subscribe(batch_id)
+
+            assert answer["type"] == "subscribed"
+
+
+async def test_a_subscriber_is_given_the_batch_and_then_every_effective_fact(scene: Scene) -> None:
+    before = await scene.append(a_batch_created(name="holiday", metadata={"trip": "Ísland"}), an_upload_queued())
+    async with scene.connected() as watcher:
+        snapshot = await watcher.subscribe()
+
+        await scene.append(a_batch_sealed(), a_batch_sealed(), a_lane_claimed(after=99))
+        last = await scene.append(an_upload_started(), an_upload_succeeded(), a_batch_completed())
+        heard = await watcher.hear_to(last)
+
+    assert {key: snapshot[key] for key in ("type", "batch_id", "recovered", "position")} == {
+        "type": "subscribed",
+        "batch_id": BATCH,
+        "recovered": False,
+        "position": str(before),
+    }
+    assert snapshot["batch"]["metadata"] == {"trip": "Ísland"}
+    assert (snapshot["batch"]["status"], snapshot["batch"]["total_uploads"]) == ("pending", 1)
+    assert types_of(heard) == ["BatchSealed", "UploadStarted", "UploadSucceeded", "BatchCompleted"]
+    assert [message["batch"]["status"] for message in heard] == ["pending", "processing", "processing", "completed"]
+    assert heard[2]["event"]["data"]["result"] == RESULT
+    assert heard[3]["batch"] == {
+        "id": BATCH,
+        "status": "completed",
+        "sealed": True,
+        "total_uploads": 1,
+        "processed_uploads": 1,
+        "successful_uploads": 1,
+        "failed_uploads": 0,
+        "cancelled_uploads": 0,
+        "progress": 1.0,
+    }
+
+
+async def test_events_show_neither_where_bytes_lie_nor_fingerprints(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with scene.connected() as watcher:
+        await watcher.subscribe()
+
+        last = await scene.append(an_upload_queued())
+        (queued,) = await watcher.hear_to(last)
+
+    assert queued["event"].keys() == {"id", "type", "time", "data"}
+    assert "blob" not in queued["event"]["data"]
+    assert "request" not in queued["event"]["data"]
+    assert queued["event"]["data"]["upload_id"] == UPLOAD
+
+
+async def test_a_subscription_of_two_clients_encodes_each_fact_once(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    encode_event = messages.event
+
+    def counting(*args: Any, **options: Any) -> str:
+        encoded.append(encode_event(*args, **options))
+        return encoded[-1]
+
+    monkeypatch.setattr(messages, "event", counting)
+    await scene.append(a_batch_created())
+    async with scene.connected() as first, scene.connected() as second:
+        await first.subscribe()
+        await second.subscribe()
+        await first.subscribe()
+
+        last = await scene.append(*(an_upload_queued(an_id(number)) for number in range(10)), a_batch_sealed())
+        heard = [await each.hear_to(last) for each in (first, second)]
+
+    assert len(encoded) == 11
+    assert heard[0] == heard[1]
+    assert [json.loads(text) for text in encoded] == heard[0]
+
+
+async def test_facts_that_come_together_go_out_together(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with scene.connected() as watcher:
+        await watcher.subscribe()
+        watcher.frames.clear()
+
+        last = await scene.append(*(an_upload_queued(an_id(number)) for number in range(500)))
+        heard = await watcher.hear_to(last)
+
+    assert len(heard) == 500
+    assert len(watcher.frames) < 50
+
+
+@pytest.mark.parametrize("projected", [False, True], ids=["nothing projected", "projected, little memory"])
+async def test_snapshot_and_facts_leave_no_gap_and_repeat_nothing_while_facts_come_in(
+    quiet: Scene,
+    *,
+    projected: bool,
+) -> None:
+    batches = [an_id("batch", number) for number in range(4)]
+    settings = quiet.settings.model_copy(update={"tail_batches_max": 1}) if projected else quiet.settings
+    async with contextlib.AsyncExitStack() as stack:
+        notifier = await stack.enter_async_context(notifying(settings))
+        quiet.port = notifier.port
+        notifier.watches.linger_s = 0.0
+        if projected:
+            await stack.enter_async_context(following_projection(quiet))
+        await quiet.append(*(a_batch_created(batch_id) for batch_id in batches))
+
+        working = asyncio.create_task(append_work(quiet, batches, uploads=100))
+        watched = await asyncio.gather(
+            *(watch_some(quiet, batches[number % 4], begin_after_s=number * 0.05) for number in range(16))
+        )
+        offsets = await working
+
+    assert len({snapshot["position"] for snapshot, _ in watched}) > 4
+    for snapshot, heard in watched:
+        expected = [offset for offset in offsets[snapshot["batch_id"]] if offset > offset_of(snapshot)]
+        assert [offset_of(message) for message in heard] == expected[: len(heard)]
+        assert types_of(heard[-1:]) == ["BatchSealed"]
+        assert_counts_follow(snapshot["batch"], heard)
+
+
+async def append_work(scene: Scene, batches: list[str], *, uploads: int) -> dict[str, list[int]]:
+    """Work on all the batches in turn, each fact said twice; the offsets of the effective ones, per batch."""
+    offsets: dict[str, list[int]] = {batch_id: [] for batch_id in batches}
+    for number in range(uploads):
+        for batch_id in batches:
+            upload_id = an_id("worked", batch_id, number)
+            facts = [of(upload_id, batch_id) for of in (an_upload_queued, an_upload_started, an_upload_succeeded)]
+            last = (await scene.append(*(fact for fact in facts for _ in range(2)))).offset(0)
+            assert last is not None
+            offsets[batch_id] += [last - 5, last - 3, last - 1]
+    for batch_id in batches:
+        offsets[batch_id].append((await scene.append(a_batch_sealed(batch_id))).offset(0) or 0)
+    return offsets
+
+
+async def watch_some(
+    scene: Scene, batch_id: str, *, begin_after_s: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The snapshot a client is given when it comes in mid stream, and what it is told until the batch is sealed. It
+    leaves and comes back once, so that the batch is let go of and looked up again."""
+    await asyncio.sleep(begin_after_s)  # each begins somewhere else in the stream
+    async with scene.connected() as watcher:
+        await watcher.subscribe(batch_id)
+        await watcher.hear()
+    async with scene.connected() as watcher:
+        snapshot = await watcher.subscribe(batch_id)
+        return snapshot, await watcher.hear_until(lambda message: types_of([message]) == ["BatchSealed"])
+
+
+@contextlib.asynccontextmanager
+async def following_projection(scene: Scene) -> AsyncIterator[None]:
+    """The read models follow the log, a few records at a time."""
+    database = await Database.open(scene.settings.database_url.get_secret_value())
+    projection = await Projection.open(database, partition=0, log_id=scene.log_id)
+    reader = scene.log.reader([0])
+    await reader.seek(0, projection.lane.next_offset)
+
+    async def project() -> None:
+        while True:
+            await projection.fold(await reader.read(records_max=50, timeout_ms=50))
+            await projection.flush()
+
+    projecting = asyncio.create_task(project())
+    try:
+        yield
+    finally:
+        assert not projecting.done()
+        assert projection.committed > 1
+        await cancelled(projecting)
+        await reader.close()
+        await database.close()
+
+
+def assert_counts_follow(batch: dict[str, Any], heard: list[dict[str, Any]]) -> None:
+    """Each event's counts are those before it, moved by the event."""
+    total, successful = batch["total_uploads"], batch["successful_uploads"]
+    for message in heard:
+        total += types_of([message]) == ["UploadQueued"]
+        successful += types_of([message]) == ["UploadSucceeded"]
+        assert (message["batch"]["total_uploads"], message["batch"]["successful_uploads"]) == (total, successful)
+
+
+async def test_after_unsubscribing_nothing_more_is_told(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with scene.connected() as watcher, scene.connected() as witness:
+        await watcher.subscribe()
+        await witness.subscribe()
+
+        answer = await watcher.ask({"type": "unsubscribe", "batch_id": BATCH})
+        last = await scene.append(a_batch_sealed())
+        await witness.hear_to(last)
+
+        assert answer == {"type": "unsubscribed", "batch_id": BATCH}
+        await watcher.silence()
+
+
+async def test_several_batches_are_watched_on_one_connection(scene: Scene) -> None:
+    first, second = an_id("first"), an_id("second")
+    await scene.append(a_batch_created(first), a_batch_created(second), a_batch_created(an_id("third")))
+    async with scene.connected() as watcher:
+        await watcher.subscribe(first)
+        await watcher.subscribe(second)
+
+        await scene.append(a_batch_sealed(second), a_batch_sealed(an_id("third")))
+        last = await scene.append(a_batch_sealed(first))
+        heard = await watcher.hear_to(last)
+
+    assert [message["batch"]["id"] for message in heard] == [second, first]
+
+
+async def test_a_cancelled_batch_is_told_with_its_counts(scene: Scene) -> None:
+    await scene.append(a_batch_created(), an_upload_queued(), an_upload_queued(an_id("two")), an_upload_started())
+    async with scene.connected() as watcher:
+        await watcher.subscribe()
+
+        last = await scene.append(a_batch_cancelled())
+        (cancelled,) = await watcher.hear_to(last)
+
+    assert cancelled["batch"]["status"] == "cancelled"
+    assert (cancelled["batch"]["cancelled_uploads"], cancelled["batch"]["progress"]) == (2, 1.0)
+
+
+async def test_a_deleted_batch_is_told_once_without_counts_and_is_then_not_found(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with scene.connected() as watcher:
+        await watcher.subscribe()
+
+        last = await scene.append(a_batch_deleted(), a_batch_sealed())
+        deleted = await watcher.hear()
+        again = await watcher.subscribe(since=str(last))
+        gone = await watcher.ask({"type": "unsubscribe", "batch_id": BATCH})
+
+    assert types_of([deleted]) == ["BatchDeleted"]
+    assert deleted["batch"] is None
+    assert (again["type"], again["code"]) == ("error", "not_found")
+    assert gone == {"type": "unsubscribed", "batch_id": BATCH}
+
+
+# Coming back
+
+
+async def test_who_comes_back_is_told_what_it_missed_while_it_was_away(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with scene.connected() as watcher:
+        since = (await watcher.subscribe())["position"]
+
+    await scene.append(an_upload_queued())
+    last = await scene.append(a_batch_sealed())
+    async with scene.connected() as watcher:
+        answer = await watcher.subscribe(since=since)
+        heard = await watcher.hear_to(last)
+        await watcher.silence()
+
+    assert answer == {"type": "subscribed", "batch_id": BATCH, "position": since, "recovered": True}
+    assert types_of(heard) == ["UploadQueued", "BatchSealed"]
+
+
+async def test_who_missed_nothing_goes_on_without_a_snapshot_even_at_another_notifier(quiet: Scene) -> None:
+    last = await quiet.append(a_batch_created(), an_upload_queued())
+    other = await quiet.append(a_batch_created(an_id("another")))
+    async with notifying(quiet.settings) as notifier:
+        quiet.port = notifier.port
+        async with quiet.connected() as watcher:
+            answer = await watcher.subscribe(since=str(last))
+
+    assert answer == {"type": "subscribed", "batch_id": BATCH, "position": str(other), "recovered": True}
+
+
+async def test_who_missed_more_than_is_at_hand_is_given_a_snapshot(scene: Scene) -> None:
+    since = await scene.append(a_batch_created())
+    last = await scene.append(an_upload_queued())
+    async with scene.connected() as watcher:
+        answer = await watcher.subscribe(since=str(since))
+
+    assert (answer["position"], answer["recovered"]) == (str(last), False)
+    assert answer["batch"]["total_uploads"] == 1
+
+
+async def test_a_watch_ends_a_while_after_its_last_client_left(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with notifying(scene.settings) as notifier:
+        notifier.watches.linger_s = 0.0
+        scene.port = notifier.port
+        async with scene.connected() as watcher:
+            since = (await watcher.subscribe())["position"]
+        async with scene.connected() as watcher:
+            await until(lambda: not notifier.watches.batches)
+            await scene.append(an_upload_queued())
+            answer = await watcher.subscribe(since=since)
+
+    assert answer["recovered"] is False
+
+
+async def test_a_position_of_another_log_or_of_other_partitions_gets_a_snapshot(scene: Scene) -> None:
+    last = await scene.append(a_batch_created())
+    async with scene.connected() as watcher:
+        other_log = await watcher.subscribe(since="00000000.0-5")
+        other_partition = await watcher.subscribe(since=f"{last.log}.1-5")
+
+    assert (other_log["recovered"], other_partition["recovered"]) == (False, False)
+
+
+async def test_a_position_the_log_has_not_reached_gets_a_snapshot_after_a_while(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subscriptions, "SINCE_TIMEOUT_S", 0.1)
+    last = await scene.append(a_batch_created())
+    async with scene.connected() as watcher:
+        answer = await watcher.subscribe(since=str(last.at(0, 1_000_000)))
+
+    assert (answer["recovered"], answer["position"]) == (False, str(last))
+
+
+async def test_what_is_no_position_is_an_error_and_no_subscription(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with scene.connected() as watcher, scene.connected() as witness:
+        await witness.subscribe()
+
+        answer = await watcher.subscribe(since="yesterday")
+        await witness.hear_to(await scene.append(a_batch_sealed()))
+
+        assert (answer["type"], answer["code"], answer["batch_id"]) == ("error", "invalid_position", BATCH)
+        await watcher.silence()
+
+
+# Progress
+
+
+async def test_progress_is_told_of_the_attempt_in_work_and_of_no_other(scene: Scene) -> None:
+    two = an_id("two")
+    await scene.append(a_batch_created(), an_upload_queued(), an_upload_queued(two))
+    last = await scene.append(an_upload_started(), an_upload_attempt_failed(), an_upload_started(attempt=2))
+    async with scene.connected() as watcher:
+        assert (await watcher.subscribe())["position"] == str(last)
+
+        scene.progress(an_upload_progressed(percent=11, attempt=1))
+        scene.progress(an_upload_progressed(two, percent=12))
+        scene.progress(an_upload_progressed(an_id("unknown"), percent=13))
+        scene.progress(an_upload_progressed(batch_id=an_id("not watched"), percent=14))
+        scene.progress(an_upload_progressed(percent=40, attempt=2))
+        told = await watcher.hear()
+
+    expected = {"type": "progress", "batch_id": BATCH, "upload_id": UPLOAD, "attempt": 2}
+    assert told == {**expected, "stage": "decode", "percent": 40}
+
+
+async def test_progress_comes_at_most_ten_times_a_second_the_latest_last_and_never_after_the_outcome(
+    scene: Scene,
+) -> None:
+    await scene.append(a_batch_created(), an_upload_queued(), an_upload_started())
+    async with scene.connected() as watcher:
+        await watcher.subscribe()
+        loop = asyncio.get_running_loop()
+        began_s = loop.time()
+
+        for percent in range(1, 101):
+            scene.progress(an_upload_progressed(percent=percent))
+            await asyncio.sleep(0.005)
+        heard = await watcher.hear_until(lambda message: message["percent"] == 100)
+        took_s = loop.time() - began_s
+        scene.progress(an_upload_progressed(percent=1))
+        scene.progress(an_upload_progressed(percent=2))
+        last = await scene.append(an_upload_succeeded())
+        ending = await watcher.hear_to(last)
+        await asyncio.sleep(0.25)
+        await watcher.silence()
+
+    percents = [message["percent"] for message in heard]
+    assert percents == sorted(percents)
+    assert 2 <= len(percents) <= took_s * 10 + 1
+    assert ending[-1]["type"] == "event"
+
+
+# When something is wrong
+
+
+async def test_a_batch_that_must_be_looked_up_while_postgres_is_away_is_an_error_and_known_ones_go_on(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(_database: Database, _batch_id: str) -> None:
+        raise DatabaseUnavailable("the database cannot be reached: it is away")
+
+    await scene.append(a_batch_created())
+    async with scene.connected() as watcher:
+        await watcher.subscribe()
+        monkeypatch.setattr(Database, "snapshot", away)
+
+        unknown = await watcher.subscribe(an_id("not in memory"))
+        known = await watcher.subscribe()
+        monkeypatch.undo()
+        later = await watcher.subscribe(an_id("not in memory"))
+
+    assert (unknown["type"], unknown["code"]) == ("error", "database_unavailable")
+    assert known["type"] == "subscribed"
+    assert later["code"] == "not_found"
+
+
+async def test_a_client_that_does_not_read_is_closed_with_4008_and_the_others_go_on(scene: Scene) -> None:
+    await scene.append(a_batch_created())
+    async with scene.connected() as quick, slowly_connected(scene) as slow:
+        await quick.subscribe()
+        await slow.subscribe()
+        slow.socket.transport.pause_reading()
+
+        facts, last = await append_large_facts(scene, heard_by=quick)
+        slow.socket.transport.resume_reading()
+        code, reason = await slow.closed()
+
+    assert len(facts) == 3 * LARGE_UPLOADS
+    assert code == 4008
+    assert f"since={last.log}.0-" in reason
+
+
+async def test_a_client_that_never_reads_again_is_cut_off(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sessions, "CLOSE_TIMEOUT_S", 0.1)
+    await scene.append(a_batch_created())
+    async with scene.connected() as quick, slowly_connected(scene) as slow:
+        await quick.subscribe()
+        await slow.subscribe()
+        slow.socket.transport.pause_reading()
+
+        await append_large_facts(scene, heard_by=quick)
+        await until(lambda: REGISTRY.get_sample_value("sluice_clients") == 1)
+        slow.socket.transport.resume_reading()
+        code, _ = await slow.closed()
+
+    assert code == 1006, "cut off without a close frame"
+
+
+async def test_a_client_that_does_not_answer_a_ping_is_taken_as_gone(quiet: Scene) -> None:
+    settings = quiet.settings.model_copy(update={"heartbeat_s": 0.2})
+    async with notifying(settings) as notifier:
+        quiet.port = notifier.port
+        async with quiet.connected() as dead, quiet.connected() as alive:
+            dead.socket.transport.pause_reading()
+
+            await until(lambda: REGISTRY.get_sample_value("sluice_clients") == 1)
+            dead.socket.transport.resume_reading()
+            code, _ = await dead.closed()
+            await alive.silence()
+
+    assert code == 1006
+
+
+LARGE_UPLOADS = 250
+"""So many results of 30 kB are more than the buffers of both ends and what may wait for a client together."""
+
+
+@contextlib.asynccontextmanager
+async def slowly_connected(scene: Scene) -> AsyncIterator[Watcher]:
+    """A client whose end of the connection takes little before the other end has to wait."""
+    with socket.socket() as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8_192)
+        own.setblocking(False)  # noqa: FBT003  # the standard library's own signature
+        await asyncio.get_running_loop().sock_connect(own, ("127.0.0.1", scene.port))
+        async with scene.connected(sock=own) as watcher:
+            yield watcher
+
+
+async def append_large_facts(scene: Scene, *, heard_by: Watcher) -> tuple[list[dict[str, Any]], Position]:
+    """Many facts with large results; what the client was told of them, and the position of the last."""
+    large = {**RESULT, "exif": {"Comment": "x" * 30_000}}
+    hearing = asyncio.create_task(
+        heard_by.hear_until(lambda message: message["batch"]["successful_uploads"] == LARGE_UPLOADS)
+    )
+    for number in range(LARGE_UPLOADS):
+        upload_id = an_id("large", number)
+        queued, started = an_upload_queued(upload_id), an_upload_started(upload_id)
+        last = await scene.append(queued, started, an_upload_succeeded(upload_id, result=large))
+    return await hearing, last
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what nobody tells us."""
+    async with asyncio.timeout(SOON_S):
+        while not condition():  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(0.01)
+
+
+# Start and stop
+
+
+async def test_health_is_told_over_http(scene: Scene) -> None:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{scene.port}") as client:
+        statuses = {path: (await client.get(path)).status_code for path in ("/livez", "/readyz", "/metrics", "/v1/ws")}
+
+    assert statuses == {"/livez": 200, "/readyz": 200, "/metrics": 200, "/v1/ws": 404}
+
+
+async def test_sigterm_sends_the_clients_away_with_1012_and_ends_cleanly(quiet: Scene) -> None:
+    await quiet.append(a_batch_created())
+    quiet.port = a_free_port()
+    async with started(quiet.settings, port=quiet.port) as process:
+        await answers(quiet.port, process)
+        async with quiet.connected() as first, quiet.connected() as second:
+            await first.subscribe()
+
+            process.send_signal(signal.SIGTERM)
+            closed = [await first.closed(), await second.closed()]
+            code, said = await ended(process)
+
+    assert [close_code for close_code, _ in closed] == [1012, 1012]
+    assert code == 0, said
+    assert "Traceback" not in said
+
+
+async def test_sigterm_ends_a_start_that_waits_for_kafka(quiet: Scene) -> None:
+    away = quiet.settings.model_copy(update={"kafka_bootstrap_servers": f"127.0.0.1:{a_free_port()}"})
+    async with started(away, port=a_free_port()) as process:
+        assert process.stderr is not None
+        async with asyncio.timeout(30):
+            while b"waiting_for_part" not in await process.stderr.readline():
+                assert process.returncode is None
+
+        process.send_signal(signal.SIGTERM)
+        code, said = await ended(process)
+
+    assert code == 0, said
+    assert "Traceback" not in said
+
+
+async def test_a_taken_port_ends_the_start_with_a_sentence(quiet: Scene) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        async with started(quiet.settings, port=port) as process:
+            code, said = await ended(process)
+
+    assert code == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in said
+    assert "Traceback" not in said
+
+
+@contextlib.asynccontextmanager
+async def started(settings: Settings, *, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A notifier of its own process, killed if it does not end by itself."""
+    environment = {
+        **os.environ,
+        "SLUICE_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+        "SLUICE_DATABASE_URL": settings.database_url.get_secret_value(),
+        "SLUICE_LOG_TOPIC": settings.log_topic,
+        "SLUICE_PROGRESS_TOPIC": settings.progress_topic,
+        "SLUICE_JWT_SECRET": SECRET,
+        "SLUICE_NOTIFIER_PORT": str(port),
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.notifier", env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def ended(process: asyncio.subprocess.Process) -> tuple[int, str]:
+    """The exit code, and what it said on the way."""
+    async with asyncio.timeout(30):
+        _, said = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, said.decode()
+
+
+def a_free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+    return port
+
+
+async def answers(port: int, process: asyncio.subprocess.Process) -> None:
+    """Wait until the notifier is ready."""
+    async with asyncio.timeout(30), httpx.AsyncClient() as client:
+        while process.returncode is None:
+            with contextlib.suppress(httpx.TransportError):
+                if (await client.get(f"http://127.0.0.1:{port}/readyz")).status_code == 200:
+                    return
+            await asyncio.sleep(0.05)
+    raise AssertionError("the notifier ended while it started")
