@@ -1,0 +1,175 @@
+"""The topics: made with the settings the contract names, and refused where they could lose facts.
+
+Settings are never altered here: Kafka's AlterConfigs, the only call the client has for it, resets every setting it
+does not name. Who meets a wrong one gets the value found and the command to run. Partitions are added when more are
+asked for, and never taken away, since ids name their partition.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Mapping
+from typing import Any
+
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.client import AIOKafkaClient
+from aiokafka.errors import (
+    InvalidPartitionsError,
+    InvalidReplicationFactorError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    for_code,
+)
+from aiokafka.protocol.admin import ApiVersionRequest
+
+from schemas.position import PARTITIONS_MAX
+from services.eventlog.protocol import MESSAGE_BYTES_MAX, LogRefused, LogSettings, LogUnavailable
+
+FACT_SETTINGS = {
+    "cleanup.policy": "delete",
+    "retention.ms": "-1",
+    "retention.bytes": "-1",
+    "message.timestamp.type": "LogAppendTime",
+    "max.message.bytes": str(MESSAGE_BYTES_MAX),
+}
+FSYNC_SETTINGS = {"flush.messages": "1"}
+PROGRESS_SETTINGS = {"cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"}
+_REPLICAS_WITH_QUORUM = 3
+
+_PRODUCE_API_KEY = 0
+# The newest Produce request a release knows: the only thing about its age that this client can ask every broker.
+_RELEASES = {9: "2.8 to 3.6", 10: "3.7", 11: "3.8 or 3.9", 12: "4.0"}
+_PRODUCE_VERSION_MIN = 10
+RELEASE_MIN = "3.7"
+
+
+async def check_version(settings: LogSettings) -> str:
+    """The release of the broker we reach, as far as it tells; LogRefused if it is older than 3.7."""
+    client = AIOKafkaClient(
+        bootstrap_servers=settings.bootstrap_servers,
+        client_id=f"{settings.client_id}-version",
+        request_timeout_ms=settings.request_timeout_ms,
+    )
+    try:
+        async with asyncio.timeout(3 * settings.request_timeout_ms / 1000):
+            await client.bootstrap()
+            answer = await client.send(client.get_random_node(), ApiVersionRequest())
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise _away(settings, error) from error
+    finally:
+        await client.close()
+    return release(produce_version=max(newest for key, _, newest in answer.api_versions if key == _PRODUCE_API_KEY))
+
+
+def release(*, produce_version: int) -> str:
+    """The Kafka release that knows Produce up to this version; raises LogRefused if it is too old for Sluice."""
+    named = _RELEASES.get(produce_version) or ("4.1 or newer" if produce_version > max(_RELEASES) else "before 2.8")
+    if produce_version < _PRODUCE_VERSION_MIN:
+        raise LogRefused(f"this Kafka is {named}, and Sluice needs {RELEASE_MIN} or newer: upgrade the brokers")
+    return named
+
+
+async def ensure_topics(settings: LogSettings, *, partitions: int, replication_factor: int, fsync: bool) -> None:
+    """See `Log.ensure_topics`."""
+    if not 1 <= partitions <= PARTITIONS_MAX:
+        raise LogRefused(f"{partitions} partitions cannot be had: between 1 and {PARTITIONS_MAX}, since ids name them")
+    admin = AIOKafkaAdminClient(
+        bootstrap_servers=settings.bootstrap_servers,
+        client_id=f"{settings.client_id}-topics",
+        request_timeout_ms=settings.request_timeout_ms,
+    )
+    facts = FACT_SETTINGS | (FSYNC_SETTINGS if fsync else {})
+    try:
+        async with asyncio.timeout(6 * settings.request_timeout_ms / 1000):
+            await admin.start()
+            topics = _Topics(admin, settings)
+            await topics.create(settings.topic, partitions, replication_factor, facts)
+            await topics.create(settings.progress_topic, partitions, replication_factor, PROGRESS_SETTINGS)
+            await topics.check(settings.topic, facts)
+            await topics.widen(settings.topic, partitions, exactly=True)
+            await topics.widen(settings.progress_topic, partitions, exactly=False)
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise _away(settings, error) from error
+    finally:
+        await admin.close()
+
+
+class _Topics:
+    """The questions and wishes about topics, for one run of `ensure_topics`."""
+
+    def __init__(self, admin: AIOKafkaAdminClient, settings: LogSettings) -> None:
+        self._admin = admin
+        self._settings = settings
+
+    async def create(self, topic: str, partitions: int, replicas: int, configs: Mapping[str, str]) -> None:
+        """Create the topic unless it is there, and wait until its partitions have leaders."""
+        # With three replicas or more, an acknowledged fact stands on two brokers at least.
+        quorum = {"min.insync.replicas": "2"} if replicas >= _REPLICAS_WITH_QUORUM else {}
+        wanted = NewTopic(topic, partitions, replicas, topic_configs={**configs, **quorum})
+        answer = await self._admin.create_topics([wanted])
+        for _, code, message in answer.topic_errors:
+            error = for_code(code)
+            if error is InvalidReplicationFactorError:
+                raise LogRefused(f"{topic} cannot have {replicas} replicas: {message}")
+            if code and error is not TopicAlreadyExistsError:
+                raise LogRefused(f"Kafka does not create {topic}: {message or error.__name__}")
+        await self._until_led(topic, 1)
+
+    async def check(self, topic: str, wanted: Mapping[str, str]) -> None:
+        """Raises LogRefused where the topic's settings are not these."""
+        resource = ConfigResource(ConfigResourceType.TOPIC, topic, dict.fromkeys(wanted))
+        (answer,) = await self._admin.describe_configs([resource])
+        (described,) = answer.to_object()["resources"]
+        if described["error_code"]:
+            raise for_code(described["error_code"])(described["error_message"])
+        found = {entry["config_names"]: entry["config_value"] for entry in described["config_entries"]}
+        if complaint := complain(topic, found, wanted, self._settings.bootstrap_servers):
+            raise LogRefused(complaint)
+
+    async def widen(self, topic: str, partitions: int, *, exactly: bool) -> None:
+        """Add what is missing to `partitions`; `exactly`: raises LogRefused where there are more."""
+        found = len(await self._partitions(topic))
+        if found > partitions and exactly:
+            raise LogRefused(
+                f"{topic} has {found} partitions, and {partitions} were asked for: partitions are never taken away, "
+                f"since ids name them, so ask for {found}"
+            )
+        if found < partitions:
+            with contextlib.suppress(InvalidPartitionsError):  # another starter was faster; the wait below tells
+                await self._admin.create_partitions({topic: NewPartitions(partitions)})
+        await self._until_led(topic, partitions)
+
+    async def _until_led(self, topic: str, partitions: int) -> None:
+        """Wait until the broker knows so many partitions with a leader; bounded by the caller."""
+        while True:
+            found = await self._partitions(topic)
+            if len(found) >= partitions and all(each["leader"] >= 0 for each in found):
+                return
+            await asyncio.sleep(0.05)  # metadata can only be asked for, not awaited
+
+    async def _partitions(self, topic: str) -> list[dict[str, Any]]:
+        described = await self._admin.describe_topics([topic])
+        return [each for found in described if not found["error_code"] for each in found["partitions"]]
+
+
+def complain(topic: str, found: Mapping[str, str], wanted: Mapping[str, str], bootstrap_servers: str) -> str | None:
+    """One sentence on the settings that are not as wanted, and the command that mends them; None if all are."""
+    wrong = {name: value for name, value in wanted.items() if not _serves(name, found.get(name), value)}
+    if not wrong:
+        return None
+    are = ", ".join(f"{name}={found.get(name)} (must be {value})" for name, value in wrong.items())
+    return (
+        f"{topic} could lose or refuse facts, its settings are {are}: kafka-configs.sh --bootstrap-server "
+        f"{bootstrap_servers} --alter --entity-type topics --entity-name {topic} "
+        f"--add-config {','.join(f'{name}={value}' for name, value in wrong.items())}"
+    )
+
+
+def _serves(name: str, found: str | None, wanted: str) -> bool:
+    if name == "max.message.bytes":
+        return found is not None and int(found) >= int(wanted)
+    return found == wanted
+
+
+def _away(settings: LogSettings, error: Exception) -> LogUnavailable:
+    return LogUnavailable(f"no Kafka at {settings.bootstrap_servers}: is it up? ({error!r})")
