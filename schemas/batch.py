@@ -94,7 +94,7 @@ class Lane:
 @dataclass(slots=True)
 class Batch:
     """A batch without its uploads. Offsets are of its own partition; times in milliseconds; `requests` maps the key
-    hash of each keyed request that queued uploads to its body hash."""
+    hash of each keyed request that made it or queued uploads to its body hash."""
 
     id: str
     partition: int
@@ -287,6 +287,7 @@ def _batch_created(lane: Lane, batch: Batch | None, event: BatchCreated, fact: F
         updated_ms=lane.time_ms,
         offset=fact.offset,
         last_queued_ms=lane.time_ms,
+        requests={key_hash: body_hash} if key_hash and body_hash else {},
         sealed=event.expected_uploads == 0,
     )
     return Changed(created)
@@ -333,7 +334,7 @@ def _repeated_upload(batch: Batch | None, upload: Upload | None, event: UploadQu
     one under the same key or name. Needs the batch: of a deleted one nothing is repeated."""
     if batch is None or batch.deleted or batch.user_id != event.user_id:
         return None
-    if event.request and batch.requests.get(event.request.key_hash, event.request.body_hash) != event.request.body_hash:
+    if _key_reused(batch, event.request):
         return Ignored.IDEMPOTENCY_KEY_REUSED
     if upload is None:
         return None
@@ -362,6 +363,8 @@ def _sealed(lane: Lane, batch: Batch | None, event: BatchSealed, fact: Fact) -> 
     if missing := _not_theirs(batch, event):
         return missing
     assert batch is not None
+    if _key_reused(batch, event.request):
+        return Ignored.IDEMPOTENCY_KEY_REUSED
     if batch.sealed:
         return Ignored.REPETITION
     if batch.ended:
@@ -403,7 +406,7 @@ def _retried(
     assert batch is not None
     if upload is None or upload.batch_id != batch.id:
         return Ignored.UNKNOWN
-    if upload.queueing >= event.queueing and event.request and event.request.key_hash == upload.key_hash:
+    if event.request and event.request.key_hash == upload.key_hash:
         return Ignored.REPETITION if event.request.body_hash == upload.body_hash else Ignored.IDEMPOTENCY_KEY_REUSED
     if batch.status == "cancelled":
         return Ignored.BATCH_ENDED
@@ -531,6 +534,12 @@ def _not_theirs(batch: Batch | None, event: ByUser) -> Ignored | None:
     if batch.user_id != event.user_id:
         return Ignored.FOREIGN
     return Ignored.DELETED if batch.deleted else None
+
+
+def _key_reused(batch: Batch, request: Request | None) -> bool:
+    """Whether the batch knows this key with another body: then no fact of the request may count, or half of what was
+    answered with an error would be done."""
+    return request is not None and batch.requests.get(request.key_hash, request.body_hash) != request.body_hash
 
 
 def _fingerprint(request: Request | None) -> tuple[str | None, str | None]:

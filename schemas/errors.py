@@ -88,7 +88,7 @@ MEANINGS: dict[Code, Meaning] = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)  # errors are compared and hashed by identity, as tracebacks and groups expect
 class RequestError(Exception):
     """A request that is answered with a code; `detail` says what, which value and what to do.
 

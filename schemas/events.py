@@ -17,25 +17,26 @@ from schemas.records import NewRecord, StoredRecord
 from schemas.text import (
     ERROR_MESSAGE_CHARACTERS_MAX,
     NAME_CHARACTERS_MAX,
+    STORABLE,
     USER_ID_CHARACTERS_MAX,
     Filename,
     Metadata,
     Result,
-    Text,
 )
 
 LOG_TOPIC = "sluice.events"
 PROGRESS_TOPIC = "sluice.progress"
 CONTENT_TYPE = "application/json"
-_REASON_CHARACTERS_MAX = 500
 
 Id = Annotated[str, Field(pattern=r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-UserId = Annotated[Text, Field(min_length=1, max_length=USER_ID_CHARACTERS_MAX)]
+UserId = Annotated[str, Field(min_length=1, max_length=USER_ID_CHARACTERS_MAX), STORABLE]
+Reason = Annotated[str, Field(max_length=500), STORABLE]
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Number = Annotated[int, Field(ge=1, lt=2**31)]
 Offset = Annotated[int, Field(ge=0, lt=2**63)]
 Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+_LEFT_OUT_IF_NULL = Field(exclude_if=lambda value: value is None)
 
 
 class Shape(BaseModel):
@@ -62,8 +63,8 @@ class Limits(Shape):
 class Failure(Shape):
     """Why an attempt failed: one of the work codes, and a sentence for people."""
 
-    code: Annotated[Text, Field(min_length=1, max_length=64)]
-    message: Annotated[Text, Field(max_length=ERROR_MESSAGE_CHARACTERS_MAX)]
+    code: Annotated[str, Field(min_length=1, max_length=64), STORABLE]
+    message: Annotated[str, Field(max_length=ERROR_MESSAGE_CHARACTERS_MAX), STORABLE]
 
 
 class PreviousLog(Shape):
@@ -78,7 +79,7 @@ class LogCreated(Shape):
 
     type: Literal["sluice.LogCreated.v1"] = "sluice.LogCreated.v1"
     log_id: Id
-    previous: tuple[PreviousLog, ...] | None = Field(default=None, strict=False)
+    previous: Annotated[tuple[PreviousLog, ...] | None, Field(strict=False), _LEFT_OUT_IF_NULL] = None
 
 
 class OfBatch(Shape):
@@ -91,43 +92,55 @@ class ByUser(OfBatch):
     """A fact a user brought about through the api (or the processor for them)."""
 
     user_id: UserId
-    request: Request | None = None
+    request: Annotated[Request | None, _LEFT_OUT_IF_NULL] = None
 
 
 class BatchCreated(ByUser):
+    """A user made a batch; its limits bind it for ever."""
+
     type: Literal["sluice.BatchCreated.v1"] = "sluice.BatchCreated.v1"
-    name: Annotated[Text, Field(max_length=NAME_CHARACTERS_MAX)] | None = None
-    expected_uploads: Count | None = None
+    name: Annotated[str, Field(max_length=NAME_CHARACTERS_MAX), STORABLE] | None = None
+    expected_uploads: Annotated[Count | None, _LEFT_OUT_IF_NULL] = None
     metadata: Metadata = Field(default_factory=dict)
     limits: Limits
 
 
 class UploadQueued(ByUser):
+    """A file's bytes are in the blob store and wait to be worked."""
+
     type: Literal["sluice.UploadQueued.v1"] = "sluice.UploadQueued.v1"
     upload_id: Id
-    filename: Annotated[Filename, Field(min_length=1)]
-    content_type: Annotated[Text, Field(min_length=1, max_length=255)]
+    filename: Filename
+    content_type: Annotated[str, Field(min_length=1, max_length=255), STORABLE]
     size_bytes: Bytes
     sha256: Sha256
-    blob: Annotated[Text, Field(min_length=1, max_length=512)]
+    blob: Annotated[str, Field(min_length=1, max_length=512), STORABLE]
 
 
 class BatchSealed(ByUser):
+    """The batch takes no more files; `reason` is `idle` where the processor sealed it."""
+
     type: Literal["sluice.BatchSealed.v1"] = "sluice.BatchSealed.v1"
-    reason: Annotated[Text, Field(max_length=_REASON_CHARACTERS_MAX)] | None = None
+    reason: Annotated[Reason | None, _LEFT_OUT_IF_NULL] = None
 
 
 class BatchCancelled(ByUser):
+    """Everything in the batch that has not ended is cancelled, at once."""
+
     type: Literal["sluice.BatchCancelled.v1"] = "sluice.BatchCancelled.v1"
-    reason: Annotated[Text, Field(max_length=_REASON_CHARACTERS_MAX)] | None = None
+    reason: Annotated[Reason | None, _LEFT_OUT_IF_NULL] = None
 
 
 class BatchDeleted(ByUser):
+    """The batch is gone; a tombstone is left."""
+
     type: Literal["sluice.BatchDeleted.v1"] = "sluice.BatchDeleted.v1"
-    reason: Annotated[Text, Field(max_length=_REASON_CHARACTERS_MAX)] | None = None
+    reason: Annotated[Reason | None, _LEFT_OUT_IF_NULL] = None
 
 
 class UploadRetried(ByUser):
+    """A failed upload is queued again, for the `queueing`th time."""
+
     type: Literal["sluice.UploadRetried.v1"] = "sluice.UploadRetried.v1"
     upload_id: Id
     queueing: Annotated[int, Field(ge=2, lt=2**31)]
@@ -137,7 +150,7 @@ class LaneClaimed(Shape):
     """A worker takes the lane; the record's offset becomes its epoch."""
 
     type: Literal["sluice.LaneClaimed.v1"] = "sluice.LaneClaimed.v1"
-    worker_id: Annotated[Text, Field(min_length=1, max_length=255)]
+    worker_id: Annotated[str, Field(min_length=1, max_length=255), STORABLE]
     after: Offset | None
 
 
@@ -150,6 +163,8 @@ class OfAttempt(OfBatch):
 
 
 class UploadStarted(OfAttempt):
+    """The work on an upload begins; said before it does."""
+
     type: Literal["sluice.UploadStarted.v1"] = "sluice.UploadStarted.v1"
 
 
@@ -157,7 +172,7 @@ class UploadInterrupted(OfAttempt):
     """Given back unharmed; the attempt's number is used again."""
 
     type: Literal["sluice.UploadInterrupted.v1"] = "sluice.UploadInterrupted.v1"
-    reason: Annotated[Text, Field(max_length=_REASON_CHARACTERS_MAX)]
+    reason: Reason
 
 
 class UploadAttemptFailed(OfAttempt):
@@ -168,6 +183,8 @@ class UploadAttemptFailed(OfAttempt):
 
 
 class UploadSucceeded(OfAttempt):
+    """The upload is done; `result` is what its handler found."""
+
     type: Literal["sluice.UploadSucceeded.v1"] = "sluice.UploadSucceeded.v1"
     result: Result
     duration_ms: Bytes
@@ -181,6 +198,8 @@ class UploadFailed(OfAttempt):
 
 
 class BatchCompleted(OfBatch):
+    """Every upload of a sealed batch ended; counts only if it agrees with the facts before it."""
+
     type: Literal["sluice.BatchCompleted.v1"] = "sluice.BatchCompleted.v1"
     epoch: Offset
     status: Literal["completed", "failed"]
@@ -194,7 +213,7 @@ class UploadProgressed(OfAttempt):
     """How far the attempt in work is, from the work itself; on the progress topic, never in the log."""
 
     type: Literal["sluice.UploadProgressed.v1"] = "sluice.UploadProgressed.v1"
-    stage: Annotated[Text, Field(min_length=1, max_length=64)]
+    stage: Annotated[str, Field(min_length=1, max_length=64), STORABLE]
     percent: Annotated[int, Field(ge=0, le=100)]
 
 
@@ -218,6 +237,7 @@ EVENT: TypeAdapter[LogEvent] = TypeAdapter(Event)
 
 type_of: dict[str, type[LogEvent]] = {model.model_fields["type"].default: model for model in get_args(LogEvent)}
 WITH_UPLOAD = frozenset(name for name, model in type_of.items() if "upload_id" in model.model_fields)
+_OF_BATCH = frozenset(name for name, model in type_of.items() if "batch_id" in model.model_fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,7 +339,7 @@ def decode_progress(record: StoredRecord) -> UploadProgressed | None:
     """The progress a record of the progress topic tells; None where it tells none."""
     try:
         return UploadProgressed.model_validate_json(record.value or b"")
-    except (ValidationError, RecursionError):
+    except ValidationError:
         return None
 
 
@@ -350,8 +370,8 @@ def _event(event_type: str, value: bytes | None) -> LogEvent | Erased:
         raise _UndecodableError("a tombstone: the record has no value")
     try:
         return type_of[event_type].model_validate_json(value)
-    except (ValidationError, RecursionError) as error:
-        if b'"erased"' in value and (erasure := _erasure(value)):
+    except ValidationError as error:
+        if event_type in _OF_BATCH and b'"erased"' in value and (erasure := _erasure(value)):
             return Erased(event_type, erasure.batch_id, erasure.upload_id)
         raise _UndecodableError(_complaint(event_type, error)) from None
 
@@ -359,13 +379,11 @@ def _event(event_type: str, value: bytes | None) -> LogEvent | Erased:
 def _erasure(value: bytes) -> _Erasure | None:
     try:
         return _Erasure.model_validate_json(value)
-    except (ValidationError, RecursionError):
+    except ValidationError:
         return None
 
 
-def _complaint(event_type: str, error: ValidationError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return f"{event_type}: nested too deeply"
+def _complaint(event_type: str, error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = ".".join(str(part) for part in first["loc"]) or "data"
     return f"{event_type}: {place}: {first['msg']}"[:500]
@@ -376,8 +394,10 @@ def _check_place(event: LogEvent | Erased, record: StoredRecord) -> None:
     expected_key = batch_id.encode() if batch_id else None
     if record.key != expected_key:
         raise _UndecodableError(f"the record's key is {record.key!r:.60}, its batch is {batch_id}")
-    if batch_id and partition_of(batch_id) != record.partition:
-        raise _UndecodableError(f"batch {batch_id} belongs to partition {partition_of(batch_id)}")
+    upload_id: str | None = getattr(event, "upload_id", None)
+    for kind, identifier in (("batch", batch_id), ("upload", upload_id)):
+        if identifier and partition_of(identifier) != record.partition:
+            raise _UndecodableError(f"{kind} {identifier} belongs to partition {partition_of(identifier)}")
 
 
 class EventView(BaseModel):

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.events import Count
-from schemas.text import FILENAME_BYTES_MAX, NAME_CHARACTERS_MAX, Metadata, Text
+from schemas.text import FILENAME_BYTES_MAX, NAME_CHARACTERS_MAX, STORABLE, Metadata
 
 CONTENT_TYPES = (
     "image/jpeg",
@@ -30,9 +30,9 @@ _EXTENSION_BYTES_MAX = 32
 class CreateBatch(BaseModel):
     """The JSON body of `POST /v1/batches`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    name: Annotated[Text, Field(max_length=NAME_CHARACTERS_MAX)] | None = None
+    name: Annotated[str, Field(max_length=NAME_CHARACTERS_MAX), STORABLE] | None = None
     expected_uploads: Count | None = None
     metadata: Metadata = Field(default_factory=dict)
 
@@ -54,7 +54,7 @@ def _cut(name: str) -> str:
     if not stem or len(suffix.encode()) > _EXTENSION_BYTES_MAX:
         stem, suffix = name, ""
     room = FILENAME_BYTES_MAX - len(suffix.encode())
-    return stem.encode()[:room].decode(errors="ignore") + suffix
+    return (stem.encode()[:room].decode(errors="ignore") + suffix).strip()
 
 
 def key_hash(user_id: str, method: str, path: str, key: str) -> str:
