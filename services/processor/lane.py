@@ -98,7 +98,7 @@ class LaneWorker:
         self._stopping = False
         self._changed = asyncio.Event()
         self._newest_start = 0
-        self._crashed: list[BatchEvent] = []
+        self._left_over: list[BatchEvent] = []
 
     @property
     def queued(self) -> int:
@@ -119,7 +119,7 @@ class LaneWorker:
             self._queue.started(user_id, offset)
         for upload in uploads:
             if upload.status == "processing":
-                self._crashed.append(decisions.crashed(upload, epoch=self.epoch))
+                self._left_over.append(decisions.crashed(upload, epoch=self.epoch))
             else:
                 self._place(by_id[upload.batch_id], upload)
         for batch in batches:
@@ -139,6 +139,9 @@ class LaneWorker:
             raise LaneLostError(f"{fact.event.worker_id} claimed the lane at {fact.partition}-{fact.offset}")
         elif isinstance(fact.event, UploadStarted) and batch is not None:
             self._queue.started(batch.user_id, fact.offset)
+            if own is None and fact.event.epoch == self.epoch:
+                # A late copy of a start that was given back since: its number was free again, but nobody works on it.
+                self._left_over.append(decisions.given_back(fact.event, reason="a late copy of an earlier start"))
         if batch is not None:
             self._see_batch(batch, upload)
         self._changed.set()
@@ -188,9 +191,10 @@ class LaneWorker:
 
     async def run(self) -> None:
         """Work until `stop`; what an attempt came to, what completes and the next start are one append."""
-        outcomes, self._crashed = self._crashed, []
+        outcomes: list[BatchEvent] = []
         while True:
             self._changed.clear()
+            outcomes, self._left_over = [*outcomes, *self._left_over], []
             completions = self._completions(outcomes)
             chosen = await self._choose()
             started = [] if chosen is None else [decisions.start(chosen, epoch=self.epoch)]

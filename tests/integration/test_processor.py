@@ -193,3 +193,20 @@ async def test_a_standby_waits_and_takes_over_when_the_holder_dies(lane: Lane) -
 async def epoch_of(lane: Lane) -> int:
     (claim,) = [fact.offset for fact in await lane.facts() if isinstance(fact.event, LaneClaimed)]
     return claim
+
+
+async def test_a_late_copy_of_a_start_that_was_given_back_does_not_leave_the_upload_stuck(lane: Lane) -> None:
+    first = await lane.queue_pictures(["cat.png"])
+    await lane.start()
+    await lane.until(first, ended)
+    epoch = await epoch_of(lane)
+    stray = await lane.queue_pictures(GOOD * 4)
+    _, queued = await lane.snapshot_when(stray, lambda batch, _uploads: batch.queued > 1)
+    last = max(queued.values(), key=lambda upload: upload.created_offset)
+
+    await lane.append([UploadStarted(batch_id=stray, upload_id=last.id, attempt=1, epoch=epoch)])
+    batch = await lane.until(stray, ended)
+
+    assert (batch.completed, batch.total) == (24, 24)
+    (given_back,) = [fact.event for fact in await lane.facts() if isinstance(fact.event, UploadInterrupted)]
+    assert given_back.upload_id == last.id

@@ -16,10 +16,11 @@ from PIL.TiffImagePlugin import IFDRational
 from schemas.errors import WorkCode
 from schemas.text import RESULT_BYTES_MAX, json_bytes, storable_json
 from services.processor.work import exif
-from services.processor.work.decoding import Header, ImageLimits, fitted, refuse_bombs
+from services.processor.work.decoding import Header, ImageLimits, refuse_bombs
 from services.processor.work.hashes import blurhash, phash
 from services.processor.work.images import ImageHandler
 from services.processor.work.port import WorkError
+from services.processor.work.thumbnails import fitted
 from tests.pictures import (
     CONTENT_TYPES,
     animated,

@@ -23,8 +23,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from schemas.errors import WorkCode
 from services.processor.work.containers import BrokenContainerError, check_png, gif_shape, webp_pixels
 from services.processor.work.port import Progress, WorkError
-
-THUMBNAIL_SIDE_MAX: Final = 256
+from services.processor.work.thumbnails import THUMBNAIL_SIDE_MAX, fitted
 
 # What the file itself says it is → how the contract calls it. A phone's MPO is a jpeg with others behind it; the first
 # is the picture.
@@ -148,12 +147,6 @@ def _decode_frame(picture: ImageFile.ImageFile, header: Header, path: Path, fram
     else:
         picture.seek(frame)
         picture.load()
-
-
-def fitted(width: int, height: int, *, side_max: int) -> tuple[int, int]:
-    """The size of a smaller picture of the same shape, no side longer than `side_max`; never larger than it was."""
-    scale = min(1.0, side_max / max(width, height))
-    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _resizable(picture: Image.Image) -> Image.Image:

@@ -11,6 +11,8 @@ from blurhash_rs import blurhash_encode
 from numpy.typing import NDArray
 from PIL import Image
 
+from services.processor.work.thumbnails import fitted
+
 _PHASH_SIDE: Final = 8
 _SAMPLE_SIDE: Final = 32
 _BLURHASH_SIDE: Final = 32
@@ -42,11 +44,6 @@ def phash(picture: Image.Image) -> str:
 
 def blurhash(picture: Image.Image) -> str:
     """The blurhash (https://blurha.sh) of an RGB picture, with more detail along its longer side."""
-    small = picture.resize(_fitted(picture.size), Image.Resampling.BOX)
+    small = picture.resize(fitted(*picture.size, side_max=_BLURHASH_SIDE), Image.Resampling.BOX)
     along, across = _BLURHASH_COMPONENTS_LONG, _BLURHASH_COMPONENTS_SHORT
     return blurhash_encode(small, *((along, across) if small.width >= small.height else (across, along)))
-
-
-def _fitted(size: tuple[int, int]) -> tuple[int, int]:
-    scale = min(1.0, _BLURHASH_SIDE / max(size))
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

@@ -32,8 +32,8 @@ from services.processor.work.decoding import (
 )
 from services.processor.work.hashes import blurhash, phash
 from services.processor.work.port import Job, Progress, WorkError
+from services.processor.work.thumbnails import on_white, write_thumbnail
 
-THUMBNAIL_QUALITY: Final = 82
 _ICC_BYTES_MAX: Final = 4 << 20
 _HEIF_THREADS_MAX: Final = 2
 
@@ -119,16 +119,13 @@ def _described(
         "taken_at": exif.taken_at(details),
         "phash": phash(shown),
         "blurhash": blurhash(shown),
-        "thumbnail": _write_thumbnail(shown, thumbnail_path),
+        "thumbnail": write_thumbnail(shown, thumbnail_path),
     }
 
 
 def _shown(small: Image.Image, *, icc: bytes | None, turn: Image.Transpose | None) -> Image.Image:
     """As a person sees it: on white, in sRGB, upright."""
-    if small.mode in ("LA", "RGBA"):
-        white = Image.new("RGBA", small.size, "white")
-        small = Image.alpha_composite(white, small.convert("RGBA")).convert("RGB")
-    small = _in_srgb(small, icc)
+    small = _in_srgb(on_white(small), icc)
     return small if turn is None else small.transpose(turn)
 
 
@@ -143,13 +140,6 @@ def _in_srgb(small: Image.Image, icc: bytes | None) -> Image.Image:
         if converted is not None:
             return converted
     return small.convert("RGB")
-
-
-def _write_thumbnail(shown: Image.Image, path: Path) -> dict[str, int]:
-    encoded = io.BytesIO()
-    shown.save(encoded, "JPEG", quality=THUMBNAIL_QUALITY)
-    path.write_bytes(encoded.getbuffer())
-    return {"width": shown.width, "height": shown.height, "size_bytes": encoded.tell()}
 
 
 handler = ImageHandler()
