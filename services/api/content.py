@@ -1,0 +1,80 @@
+"""Giving bytes back: a file as it came, and its thumbnail. What users sent is never run or rendered as a page.
+
+The type is the one told by content when it came; `nosniff`, a sandbox without any source and a disposition keep
+browsers from making more of it.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from urllib.parse import quote
+
+from fastapi import Request
+from starlette.responses import Response, StreamingResponse
+
+from schemas.errors import Code, RequestError
+from services.api.asking import caller_of
+from services.api.ranges import Span, names, wanted
+from services.api.resources import resources_of
+from services.blobs import Blob, BlobStore
+
+_SAFE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Cross-Origin-Resource-Policy": "same-site",
+    "Cache-Control": "private, no-cache",
+    "Accept-Ranges": "bytes",
+}
+
+
+async def get_content(request: Request) -> Response:
+    """`GET /v1/uploads/{upload_id}/content`: the bytes as they came."""
+    resources, caller = resources_of(request), caller_of(request)
+    upload = await resources.reading.upload(request.path_params["upload_id"], user_id=caller.user_id)
+    headers = {
+        "ETag": f'"{upload.sha256}"',
+        "Content-Type": upload.content_type,
+        "Content-Disposition": f"attachment; filename*=UTF-8''{quote(upload.filename, safe='')}",
+    }
+    return await _bytes(request, resources.blobs, upload.blob, headers)
+
+
+async def get_thumbnail(request: Request) -> Response:
+    """`GET /v1/uploads/{upload_id}/thumbnail`: a JPEG, once the upload is completed."""
+    resources, caller = resources_of(request), caller_of(request)
+    upload = await resources.reading.upload(request.path_params["upload_id"], user_id=caller.user_id)
+    if upload.status != "completed" or not (upload.result or {}).get("thumbnail"):
+        raise RequestError(Code.NOT_FOUND, f"the upload is {upload.status} and has no thumbnail")
+    name = await resources.blobs.thumbnail(upload.id, attempt=upload.attempts)
+    headers = {
+        "ETag": f'"{name.rpartition("/")[2]}"',
+        "Content-Type": "image/jpeg",
+        "Content-Disposition": "inline",
+    }
+    return await _bytes(request, resources.blobs, name, headers)
+
+
+async def _bytes(request: Request, blobs: BlobStore, name: str, headers: dict[str, str]) -> Response:
+    headers = {**_SAFE_HEADERS, **headers}
+    etag = headers["ETag"]
+    if names(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    async with AsyncExitStack() as stack:
+        blob = await stack.enter_async_context(blobs.reading(name))
+        if_range = request.headers.get("if-range")
+        asked = request.headers.get("range") if if_range is None or names(if_range, etag) else None
+        span = wanted(asked, size_bytes=blob.size_bytes)
+        if span is None:
+            return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{blob.size_bytes}"})
+        headers["Content-Length"] = str(span.stop - span.start)
+        if span.partial:
+            headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{blob.size_bytes}"
+        if request.method == "HEAD":
+            return Response(status_code=206 if span.partial else 200, headers=headers)
+        body = _streamed(blob, span, stack.pop_all())
+        return StreamingResponse(body, status_code=206 if span.partial else 200, headers=headers)
+
+
+async def _streamed(blob: Blob, span: Span, stack: AsyncExitStack) -> AsyncIterator[bytes]:
+    async with stack:
+        async for chunk in blob.chunks(span.start, span.stop):
+            yield chunk

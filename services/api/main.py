@@ -1,0 +1,151 @@
+"""The api's story: settings, logging, the log, the database and the blob store, the tail caught up, then serve.
+
+It keeps nothing of its own: what it answers is folded from the log, and what it is told goes there. Told to stop, it
+takes no new requests, lets those under way end, and closes in reverse.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from schemas.events import Limits
+from services.api.app import build_app
+from services.api.reading import Reading
+from services.api.recent import Recent
+from services.api.resources import Resources
+from services.api.writing import Writing
+from services.blobs import BlobStore, StorageUnavailable
+from services.database import DatabaseUnavailable
+from services.eventlog import LogRefused, LogUnavailable
+from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.observability import configure_logging, logger
+from services.opening import Stores, open_stores
+from services.serving import serving
+from services.settings import Settings, load
+from services.tail import Tail
+
+_log = logger("api")
+
+BLOB_CHECK_INTERVAL_S = 2.0
+KEEP_ALIVE_S = 30
+
+
+def run() -> None:
+    """Run the api until SIGTERM or SIGINT."""
+    run_service(main)
+
+
+async def main() -> None:
+    settings = load(needs=("jwt_secret", "blob_url"))
+    configure_logging(service="api", log_format=settings.log_format, log_level=settings.log_level)
+    stop = asyncio.Event()
+    with stop_signals(stop):
+        async with serving_api(settings) as api:
+            await api.until(stop)
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """An api that serves on `port`."""
+
+    port: int
+    tail: Tail
+    blob_watch: asyncio.Task[None]
+
+    async def until(self, stop: asyncio.Event) -> None:
+        """Serve until `stop` is set; raises StartError where a part ended without which nothing can be answered."""
+        told = asyncio.create_task(stop.wait(), name="stop")
+        failed = asyncio.create_task(self.tail.failure(), name="tail_failure")
+        try:
+            await first_of(told, failed, self.blob_watch)
+        except Exception as error:
+            raise StartError(f"the api cannot go on: {error}") from error
+        finally:
+            await cancelled(told, failed)
+
+
+@contextlib.asynccontextmanager
+async def serving_api(settings: Settings) -> AsyncIterator[Api]:
+    """An api that is ready, until the block is left."""
+    async with contextlib.AsyncExitStack() as stack:
+        stores = await stack.enter_async_context(open_stores(settings, service="api"))
+        async with stopwatch("blob store opened"):
+            blobs = await stack.enter_async_context(_blobs(settings))
+        async with stopwatch("tail caught up"):
+            tail = await stack.enter_async_context(_tail(settings, stores))
+            await tail.caught_up()
+        writer = stores.log.writer()
+        await stack.enter_async_context(closing("log writer closed", writer.close, timeout_s=settings.stop_timeout_s))
+        recent = Recent(tail)
+        stack.callback(recent.close)
+        resources = Resources(
+            settings=settings,
+            limits=_limits(settings),
+            tail=tail,
+            database=stores.database,
+            blobs=blobs,
+            writing=Writing(tail=tail, writer=writer, settings=settings),
+            reading=Reading(tail=tail, database=stores.database, recent=recent, settings=settings),
+        )
+        blob_watch = asyncio.create_task(_watch_blobs(blobs, resources.problems), name="watch_blobs")
+        stack.push_async_callback(cancelled, blob_watch)
+        port = await stack.enter_async_context(
+            serving(
+                build_app(resources),
+                host=settings.host,
+                port=settings.api_port,
+                stop_timeout_s=settings.stop_timeout_s,
+                proxy_headers=False,
+                timeout_keep_alive=KEEP_ALIVE_S,
+            )
+        )
+        _log.info("api_ready", address=f"http://{settings.host}:{port}", position=str(tail.position()))
+        yield Api(port, tail, blob_watch)
+
+
+@contextlib.asynccontextmanager
+async def _blobs(settings: Settings) -> AsyncIterator[BlobStore]:
+    try:
+        async with BlobStore.open(settings.blob_folder, fsync=settings.fsync) as blobs:
+            yield blobs
+    except StorageUnavailable as error:
+        raise StartError(f"SLUICE_BLOB_URL: {error}") from error
+
+
+@contextlib.asynccontextmanager
+async def _tail(settings: Settings, stores: Stores) -> AsyncIterator[Tail]:
+    try:
+        async with Tail.open(
+            log=stores.log,
+            database=stores.database,
+            log_id=stores.log_id,
+            partitions=settings.partitions,
+            facts_max=settings.tail_facts_max,
+            batches_max=settings.tail_batches_max,
+        ) as tail:
+            yield tail
+    except (DatabaseUnavailable, LogUnavailable, LogRefused) as error:
+        raise StartError(str(error)) from error
+
+
+def _limits(settings: Settings) -> Limits:
+    """What new batches are bound to."""
+    return Limits(
+        files_max=settings.files_max,
+        batch_bytes_max=settings.batch_bytes_max,
+        file_bytes_max=settings.file_bytes_max,
+    )
+
+
+async def _watch_blobs(blobs: BlobStore, problems: list[str]) -> None:
+    """Keep `problems` true to whether the blob store can be used."""
+    while True:
+        try:
+            await blobs.check()
+            problems.clear()
+        except StorageUnavailable as error:
+            if not problems:
+                _log.warning("part_lost", part="blobs", reason=str(error))
+            problems[:] = [str(error)]
+        await asyncio.sleep(BLOB_CHECK_INTERVAL_S)

@@ -1,0 +1,131 @@
+"""What the api asks the read models, the SQL beside its question. Answers are states; views are made elsewhere.
+
+Pages go by keys that never change (when and where a thing was made), so a page neither repeats nor misses what stood
+there when the first one was asked, whatever is written meanwhile. A cursor is opaque text.
+"""
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from schemas.batch import Batch, Upload
+from schemas.errors import Code, RequestError
+from schemas.ids import is_id
+from services.database import BATCH_COLUMNS, UPLOAD_COLUMNS, Database, batch_from_row, upload_from_row
+
+LIMIT_DEFAULT = 50
+LIMIT_MAX = 200
+
+_CURSOR = re.compile(r"([bu])\.(\d{1,18})\.(\S+)", re.ASCII)
+_OF_BATCH = ", ".join(f"batch.{column}" for column in BATCH_COLUMNS.split(", "))
+_OF_UPLOAD = ", ".join(f"upload.{column}" for column in UPLOAD_COLUMNS.split(", "))
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """How much of a list is wanted, and which: `status` None is any, `cursor` None the beginning."""
+
+    limit: int
+    cursor: str | None
+    status: str | None
+
+
+async def batch_of(database: Database, batch_id: str, *, user_id: str) -> Batch | None:
+    """A batch of this user."""
+    rows = await database.read(
+        f"SELECT {BATCH_COLUMNS} FROM {{generation}}.upload_batches WHERE id = $1 AND user_id = $2",  # noqa: S608  # ours
+        batch_id,
+        user_id,
+    )
+    return batch_from_row(rows[0]) if rows else None
+
+
+async def upload_of(database: Database, upload_id: str, *, user_id: str) -> Upload | None:
+    """An upload in a batch of this user."""
+    rows = await database.read(
+        f"SELECT {_OF_UPLOAD} FROM {{generation}}.uploads AS upload "  # noqa: S608  # the names are ours
+        "JOIN {generation}.upload_batches AS batch ON batch.id = upload.batch_id "
+        "WHERE upload.id = $1 AND batch.user_id = $2",
+        upload_id,
+        user_id,
+    )
+    return upload_from_row(rows[0]) if rows else None
+
+
+async def batches_of(database: Database, *, user_id: str, page: Page) -> tuple[list[Batch], str | None]:
+    """A page of this user's batches, newest first, and the cursor of the next one. Raises RequestError."""
+    after_ms, after_id = _read_cursor(page.cursor, "b")
+    rows = await database.read(
+        f"SELECT {_OF_BATCH} FROM {{generation}}.upload_batches AS batch "  # noqa: S608  # the names are ours
+        "WHERE user_id = $1 AND ($2::text IS NULL OR status = $2) "
+        "AND ($3::bigint IS NULL OR (created_ms, id) < ($3, $4::uuid)) "
+        "ORDER BY created_ms DESC, id DESC LIMIT $5",
+        user_id,
+        page.status,
+        after_ms,
+        after_id,
+        page.limit + 1,
+    )
+    batches = [batch_from_row(row) for row in rows[: page.limit]]
+    more = len(rows) > page.limit
+    return batches, _cursor("b", batches[-1].created_ms, batches[-1].id) if more else None
+
+
+async def uploads_of(database: Database, batch_id: str, *, page: Page) -> tuple[list[Upload], str | None]:
+    """A page of a batch's uploads in the order they were queued, and the cursor of the next one."""
+    after_offset, _ = _read_cursor(page.cursor, "u")
+    rows = await database.read(
+        f"SELECT {UPLOAD_COLUMNS} FROM {{generation}}.uploads "  # noqa: S608  # the names are ours
+        "WHERE batch_id = $1 AND ($2::text IS NULL OR status = $2) AND ($3::bigint IS NULL OR created_offset > $3) "
+        "ORDER BY created_offset LIMIT $4",
+        batch_id,
+        page.status,
+        after_offset,
+        page.limit + 1,
+    )
+    return _page_of_uploads([upload_from_row(row) for row in rows], page)
+
+
+def uploads_among(uploads: dict[str, Upload], *, page: Page) -> tuple[list[Upload], str | None]:
+    """The same page, of uploads that are in memory."""
+    after_offset, _ = _read_cursor(page.cursor, "u")
+    wanted = (
+        upload
+        for upload in uploads.values()
+        if page.status in (None, upload.status) and (after_offset is None or upload.created_offset > after_offset)
+    )
+    return _page_of_uploads(sorted(wanted, key=lambda upload: upload.created_offset), page)
+
+
+async def oldest_unfinished_ms(database: Database) -> int | None:
+    """When the oldest batch that has not ended was made; milliseconds since 1970 UTC."""
+    rows = await database.read(
+        "SELECT min(created_ms) AS oldest_ms FROM {generation}.upload_batches WHERE status IN ('pending', 'processing')"
+    )
+    return rows[0]["oldest_ms"] if rows else None
+
+
+def _page_of_uploads(found: list[Upload], page: Page) -> tuple[list[Upload], str | None]:
+    uploads = found[: page.limit]
+    more = len(found) > page.limit
+    return uploads, _cursor("u", uploads[-1].created_offset, "-") if more else None
+
+
+def _cursor(kind: str, number: int, identifier: str) -> str:
+    return base64.urlsafe_b64encode(f"{kind}.{number}.{identifier}".encode()).decode().rstrip("=")
+
+
+def _read_cursor(text: str | None, kind: str) -> tuple[int | None, Any]:
+    """What `_cursor` wrote; raises RequestError for anything else."""
+    if text is None:
+        return None, None
+    try:
+        decoded = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, ValueError):
+        decoded = ""
+    match = _CURSOR.fullmatch(decoded)
+    if match is None or match[1] != kind or not (is_id(match[3]) if kind == "b" else match[3] == "-"):
+        raise RequestError(Code.INVALID_REQUEST, "`cursor` is not one that this list gave out; begin without one")
+    return int(match[2]), match[3]

@@ -1,0 +1,171 @@
+"""The api while a part of it is away: it says so at once, does what it can, and is whole again by itself."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from services.embedded import EmbeddedKafka, EmbeddedPostgres
+from tests.integration.api_client import Person, RunningApi, a_picture, api_settings, code_of, running_api
+
+BACK_TIMEOUT_S = 30
+
+
+@contextlib.contextmanager
+def paused(pid: int) -> "contextlib.AbstractContextManager[None]":
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+async def answered(ask: Callable[[], Awaitable[httpx.Response]], expected: int | str) -> httpx.Response:
+    """Ask again until the answer has this status, or this code; fails after a while."""
+    async with asyncio.timeout(BACK_TIMEOUT_S):
+        while True:
+            answer = await ask()
+            if expected in (answer.status_code, answer.json().get("code")):
+                return answer
+            await asyncio.sleep(0.1)
+
+
+async def health(api: RunningApi) -> httpx.Response:
+    async with httpx.AsyncClient(base_url=api.url, trust_env=False) as anyone:
+        return await anyone.get("/readyz")
+
+
+@pytest.fixture
+async def own_kafka(tmp_path: Path) -> AsyncIterator[EmbeddedKafka]:
+    async with EmbeddedKafka(data_dir=tmp_path / "kafka") as server:
+        yield server
+
+
+async def test_while_kafka_hangs_writes_are_refused_or_unknown_and_reads_go_on(
+    own_kafka: EmbeddedKafka, database_url: str, unique: str, tmp_path: Path
+) -> None:
+    settings = api_settings(
+        kafka=own_kafka.bootstrap_servers,
+        database_url=database_url,
+        unique=unique,
+        blobs=tmp_path / "blobs",
+        read_back_timeout_s=1.5,
+    )
+    async with running_api(settings) as api:
+        ada = await api.person("ada")
+        known = (await ada.send("/v1/batches", {"a.jpg": a_picture()})).json()
+        files = {"b.jpg": a_picture()}
+
+        with paused(own_kafka.pid):
+            in_flight = await ada.send("/v1/batches", files, key="k")
+            blobs_in_flight = api.blobs
+            refused = await answered(lambda: ada.post("/v1/batches", json={}), "log_unavailable")
+            read = await ada.get(f"/v1/batches/{known['batch']['id']}")
+            unready = await answered(lambda: health(api), 503)
+            status = (await ada.get("/v1/status")).json()
+        back = await answered(lambda: ada.send("/v1/batches", files, key="k"), 202)
+        ready = await answered(lambda: health(api), 200)
+
+        assert (in_flight.status_code, code_of(in_flight)) == (503, "outcome_unknown")
+        assert len(blobs_in_flight) == 2
+        assert refused.status_code == 503
+        assert read.json() == known["batch"]
+        assert unready.json()["problems"]
+        assert (status["mode"], len(status["degraded"]) > 0) == ("degraded", True)
+        assert back.json()["batch"]["total_uploads"] == 1
+        assert ready.json()["problems"] == []
+
+
+async def test_while_postgres_is_away_what_the_tail_knows_goes_on(kafka: str, unique: str, tmp_path: Path) -> None:
+    postgres = EmbeddedPostgres(data_dir=tmp_path / "postgres")
+    await postgres.start()
+    settings = api_settings(kafka=kafka, database_url=postgres.url, unique=unique, blobs=tmp_path / "blobs")
+    async with running_api(settings) as api:
+        ada = await api.person("ada")
+        open_batch = await ada.opens_batch()
+        port = postgres.port
+
+        await postgres.stop()
+        without_key = await ada.send("/v1/batches", {"a.jpg": a_picture()})
+        with_key = await ada.send("/v1/batches", {"a.jpg": a_picture()}, key="k")
+        more = await ada.put(open_batch, "a.jpg", a_picture())
+        read = await ada.get(f"/v1/batches/{open_batch}")
+        listed = await ada.get("/v1/batches")
+        unready = await answered(lambda: health(api), 503)
+
+        postgres = EmbeddedPostgres(data_dir=tmp_path / "postgres", port=port)
+        await postgres.start()
+        await answered(lambda: ada.get("/v1/batches"), 200)
+        await answered(lambda: health(api), 200)
+        now_with_key = await ada.send("/v1/batches", {"a.jpg": a_picture()}, key="k")
+
+        assert without_key.status_code == 202
+        assert (with_key.status_code, code_of(with_key)) == (503, "database_unavailable")
+        assert more.status_code == 202
+        assert read.json()["total_uploads"] == 1
+        assert (listed.status_code, code_of(listed)) == (503, "database_unavailable")
+        assert "database" in " ".join(unready.json()["problems"])
+        assert now_with_key.status_code == 202
+        assert len(api.blobs) == 3
+    await postgres.stop()
+
+
+async def test_a_blob_store_that_cannot_be_written_is_said(
+    kafka: str, database_url: str, unique: str, tmp_path: Path
+) -> None:
+    settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
+    async with running_api(settings) as api:
+        ada = await api.person("ada")
+        batch_id = await ada.opens_batch()
+        settings.blob_folder.rmdir()
+
+        settings.blob_folder.write_text("in the way")
+        refused = await ada.put(batch_id, "a.jpg", a_picture())
+        unready = await answered(lambda: health(api), 503)
+        settings.blob_folder.unlink()
+        settings.blob_folder.mkdir()
+        taken = await ada.put(batch_id, "a.jpg", a_picture())
+
+        assert (refused.status_code, code_of(refused)) == (503, "storage_unavailable")
+        assert unready.json()["problems"]
+        assert taken.status_code == 202
+
+
+async def test_a_log_that_is_not_read_refuses_before_the_bytes(
+    own_kafka: EmbeddedKafka, database_url: str, unique: str, tmp_path: Path
+) -> None:
+    settings = api_settings(
+        kafka=own_kafka.bootstrap_servers,
+        database_url=database_url,
+        unique=unique,
+        blobs=tmp_path / "blobs",
+        read_back_timeout_s=1,
+    )
+    async with running_api(settings) as api:
+        ada = await api.person("ada")
+        batch_id = await ada.opens_batch()
+        with paused(own_kafka.pid):
+            await answered(lambda: ada.post(f"/v1/batches/{batch_id}/cancel"), "log_unavailable")
+
+            sent = await _bytes_sent_before_the_answer(ada, f"/v1/batches/{batch_id}/uploads/a.jpg")
+
+        assert sent == (503, 0)
+
+
+async def _bytes_sent_before_the_answer(person: Person, path: str) -> tuple[int, int]:
+    """Ask with `Expect: 100-continue`, as curl does for large files; the status, and the body's bytes asked for."""
+    url = person.http.base_url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    head = (
+        f"PUT {path} HTTP/1.1\r\nHost: {url.host}\r\nAuthorization: {person.http.headers['authorization']}\r\n"
+        "Content-Length: 1000000\r\nExpect: 100-continue\r\n\r\n"
+    )
+    writer.write(head.encode())
+    status = int((await reader.readline()).split()[1])
+    writer.close()
+    return status, 0 if status != 100 else 1_000_000

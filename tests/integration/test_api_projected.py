@@ -1,0 +1,194 @@
+"""The api beside a real processor: read models, pages, positions, results, and what a retry or a removal brings."""
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from services.demo import PICTURES
+from services.embedded.folders import free_ports
+from tests.integration.api_client import Person, RunningApi, a_picture, api_settings, code_of, running_api
+
+DONE_TIMEOUT_S = 60
+GONE_TIMEOUT_S = 10
+
+
+@pytest.fixture
+async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> AsyncIterator[RunningApi]:
+    """An api and, in a process of its own, the processor of its lane."""
+    settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
+    environment = {
+        "SLUICE_KAFKA_BOOTSTRAP_SERVERS": kafka,
+        "SLUICE_DATABASE_URL": database_url,
+        "SLUICE_LOG_TOPIC": settings.log_topic,
+        "SLUICE_PROGRESS_TOPIC": settings.progress_topic,
+        "SLUICE_BLOB_URL": settings.blob_url,
+        "SLUICE_PROCESSOR_PORT": str(free_ports(1)[0]),
+    }
+    async with running_api(settings) as running:
+        processor = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.processor", env={**os.environ, **environment}
+        )
+        try:
+            yield running
+        finally:
+            processor.kill()
+            await processor.wait()
+
+
+@pytest.fixture
+async def ada(api: RunningApi) -> Person:
+    return await api.person("ada")
+
+
+async def ended(person: Person, batch_id: str) -> dict[str, Any]:
+    """The batch when it came to its end."""
+    async with asyncio.timeout(DONE_TIMEOUT_S):
+        while True:
+            batch: dict[str, Any] = (await person.get(f"/v1/batches/{batch_id}")).json()
+            if batch["completed_at"] is not None:
+                return batch
+            await asyncio.sleep(0.05)
+
+
+async def pages(person: Person, path: str, **params: Any) -> AsyncIterator[list[dict[str, Any]]]:
+    """The pages of a list, one after the other."""
+    cursor: str | None = None
+    while True:
+        page = (await person.get(path, **params, **({"cursor": cursor} if cursor else {}))).json()
+        yield page["items"]
+        if (cursor := page["next_cursor"]) is None:
+            return
+
+
+async def test_pictures_become_results_and_thumbnails(ada: Person, tmp_path: Path) -> None:
+    files = {name: (PICTURES / name).read_bytes() for name in ("cat.png", "broken-download.jpg", "coffee.webp")}
+
+    made = (await ada.send("/v1/batches", files)).json()
+    batch = await ended(ada, made["batch"]["id"])
+    uploads = (await ada.get(f"/v1/batches/{batch['id']}/uploads")).json()["items"]
+    cat, broken, _ = uploads
+    thumbnail = await ada.get(f"/v1/uploads/{cat['id']}/thumbnail")
+    (tmp_path / "thumbnail.jpg").write_bytes(thumbnail.content)
+
+    assert (batch["status"], batch["successful_uploads"], batch["failed_uploads"]) == ("completed", 2, 1)
+    assert [upload["status"] for upload in uploads] == ["completed", "failed", "completed"]
+    assert broken["error"]["code"] == "corrupt_media"
+    assert (thumbnail.status_code, thumbnail.headers["Content-Type"]) == (200, "image/jpeg")
+    with Image.open(tmp_path / "thumbnail.jpg") as image:
+        assert image.size == (cat["result"]["thumbnail"]["width"], cat["result"]["thumbnail"]["height"])
+    assert code_of(await ada.get(f"/v1/uploads/{broken['id']}/thumbnail")) == "not_found"
+
+
+async def test_a_list_that_waits_for_a_position_holds_what_was_written(ada: Person) -> None:
+    for _ in range(10):
+        made = await ada.post("/v1/batches", json={})
+
+        listed = (await ada.get("/v1/batches", min_position=made.headers["Sluice-Position"])).json()["items"]
+
+        assert listed[0]["id"] == made.json()["id"]
+
+
+async def test_pages_neither_repeat_nor_miss_while_others_write(ada: Person) -> None:
+    batch_ids = [await ada.opens_batch() for _ in range(7)]
+    last = await ada.send(f"/v1/batches/{batch_ids[0]}/uploads", {f"{n}.jpg": a_picture() for n in range(7)})
+    await ada.get("/v1/batches", min_position=last.headers["Sluice-Position"])
+
+    seen_batches: list[str] = []
+    async for page in pages(ada, "/v1/batches", limit=3):
+        seen_batches += [batch["id"] for batch in page]
+        await ada.opens_batch()
+    seen_uploads: list[str] = []
+    async for page in pages(ada, f"/v1/batches/{batch_ids[0]}/uploads", limit=2):
+        seen_uploads += [upload["id"] for upload in page]
+
+    assert seen_batches == batch_ids[::-1]
+    assert seen_uploads == [upload["id"] for upload in last.json()["accepted"]]
+
+
+async def test_lists_are_filtered_by_status(ada: Person) -> None:
+    files = {name: (PICTURES / name).read_bytes() for name in ("cat.png", "broken-download.jpg")}
+    open_batch = await ada.opens_batch()
+    done = (await ada.send("/v1/batches", files)).json()["batch"]["id"]
+    position = (await ended(ada, done))["position"]
+
+    pending = await ada.get("/v1/batches", status="pending", min_position=position)
+    completed = await ada.get("/v1/batches", status="completed")
+    failed = await ada.get(f"/v1/batches/{done}/uploads", status="failed")
+
+    assert [batch["id"] for batch in pending.json()["items"]] == [open_batch]
+    assert [batch["id"] for batch in completed.json()["items"]] == [done]
+    assert [upload["filename"] for upload in failed.json()["items"]] == ["broken-download.jpg"]
+
+
+async def test_a_repetition_is_told_the_thing_as_it_is_now(ada: Person) -> None:
+    files = {"cat.png": (PICTURES / "cat.png").read_bytes()}
+    first = await ada.send("/v1/batches", files, key="k")
+    done = await ended(ada, first.json()["batch"]["id"])
+
+    again = await ada.send("/v1/batches", files, key="k")
+
+    assert (again.status_code, again.headers["Sluice-Position"]) == (202, first.headers["Sluice-Position"])
+    assert again.json()["batch"] == done
+    assert again.json()["accepted"][0]["status"] == "completed"
+
+
+async def test_a_failed_upload_is_retried_once_under_a_key(ada: Person) -> None:
+    made = (await ada.send("/v1/batches", {"b.jpg": (PICTURES / "broken-download.jpg").read_bytes()})).json()
+    batch_id, upload_id = made["batch"]["id"], made["accepted"][0]["id"]
+    failed = await ended(ada, batch_id)
+
+    retried = await ada.post(f"/v1/uploads/{upload_id}/retry", key="k")
+    failed_again = await ended_after(ada, batch_id, failed)
+    repeated = await ada.post(f"/v1/uploads/{upload_id}/retry", key="k")
+    batch = (await ada.get(f"/v1/batches/{batch_id}", min_position=failed_again["position"])).json()
+    whole = await ada.post(f"/v1/batches/{batch_id}/retry")
+
+    assert failed["status"] == "failed"
+    assert (retried.status_code, retried.json()["error"]) == (202, None)
+    assert (repeated.status_code, repeated.json()["attempts"]) == (202, 2)
+    assert batch == failed_again
+    assert (whole.status_code, whole.json()["status"]) == (202, "processing")
+
+
+async def ended_after(person: Person, batch_id: str, before: dict[str, Any]) -> dict[str, Any]:
+    """The batch when it ended another time."""
+    async with asyncio.timeout(DONE_TIMEOUT_S):
+        while True:
+            batch = await ended(person, batch_id)
+            if batch["completed_at"] != before["completed_at"]:
+                return batch
+            await asyncio.sleep(0.05)
+
+
+async def test_a_removed_batch_is_gone_at_once_and_its_files_soon(api: RunningApi, ada: Person) -> None:
+    made = (await ada.send("/v1/batches", {"cat.png": (PICTURES / "cat.png").read_bytes()})).json()
+    batch_id, upload_id = made["batch"]["id"], made["accepted"][0]["id"]
+    await ended(ada, batch_id)
+
+    removed = await ada.http.delete(f"/v1/batches/{batch_id}")
+    found = [await ada.get(f"/v1/batches/{batch_id}"), await ada.get(f"/v1/uploads/{upload_id}")]
+    listed = await ada.get("/v1/batches", min_position=removed.headers["Sluice-Position"])
+
+    assert removed.status_code == 204
+    assert {code_of(answer) for answer in found} == {"not_found"}
+    assert listed.json()["items"] == []
+    async with asyncio.timeout(GONE_TIMEOUT_S):
+        while api.blobs:  # noqa: ASYNC110  # a folder cannot be awaited
+            await asyncio.sleep(0.05)
+
+
+async def test_a_cancelled_batch_is_not_worked_on(ada: Person) -> None:
+    batch_id = await ada.opens_batch()
+    await ada.post(f"/v1/batches/{batch_id}/cancel")
+
+    answer = await ada.get(f"/v1/batches/{batch_id}")
+    status = (await ada.get("/v1/status")).json()
+
+    assert (answer.json()["status"], answer.json()["progress"]) == ("cancelled", 1.0)
+    assert status["mode"] == "full"
