@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from schemas.events import Limits
 from services.api.app import build_app
 from services.api.reading import Reading
-from services.api.recent import Recent
 from services.api.resources import Resources
 from services.api.writing import Writing
 from services.blobs import BlobStore, StorageUnavailable
@@ -77,8 +76,6 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
             await tail.caught_up()
         writer = stores.log.writer()
         await stack.enter_async_context(closing("log writer closed", writer.close, timeout_s=settings.stop_timeout_s))
-        recent = Recent(tail)
-        stack.callback(recent.close)
         resources = Resources(
             settings=settings,
             limits=_limits(settings),
@@ -86,7 +83,7 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
             database=stores.database,
             blobs=blobs,
             writing=Writing(tail=tail, writer=writer, settings=settings),
-            reading=Reading(tail=tail, database=stores.database, recent=recent, settings=settings),
+            reading=Reading(tail=tail, database=stores.database, settings=settings),
         )
         blob_watch = asyncio.create_task(_watch_blobs(blobs, resources.problems), name="watch_blobs")
         stack.push_async_callback(cancelled, blob_watch)

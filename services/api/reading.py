@@ -16,7 +16,6 @@ from schemas.views import BatchPage, BatchView, UploadPage, UploadView
 from services.api import queries
 from services.api.decisions import not_found
 from services.api.queries import Page
-from services.api.recent import Recent
 from services.database import Database
 from services.settings import Settings
 from services.tail import Held, Tail
@@ -25,10 +24,9 @@ from services.tail import Held, Tail
 class Reading:
     """Reads for the api; see the module's text. All of it is as the user may see it; the rest is not found."""
 
-    def __init__(self, *, tail: Tail, database: Database, recent: Recent, settings: Settings) -> None:
+    def __init__(self, *, tail: Tail, database: Database, settings: Settings) -> None:
         self._tail = tail
         self._database = database
-        self._recent = recent
         self._settings = settings
 
     async def wait_for(self, min_position: str | None) -> None:
@@ -53,7 +51,7 @@ class Reading:
 
     async def batch(self, batch_id: str, *, user_id: str) -> BatchView:
         """Raises RequestError(NOT_FOUND), DatabaseUnavailable."""
-        if is_id(batch_id) and not self._recent.ahead(batch_id):
+        if is_id(batch_id) and not self._tail.ahead(batch_id):
             found = await queries.batch_of(self._database, batch_id, user_id=user_id)
             if found is not None:
                 return BatchView.of_log(found, log_id=self._tail.log_id)
@@ -68,7 +66,7 @@ class Reading:
     async def uploads(self, batch_id: str, *, user_id: str, page: Page) -> UploadPage:
         """Raises RequestError(NOT_FOUND), DatabaseUnavailable."""
         known = None
-        if is_id(batch_id) and not self._recent.ahead(batch_id):
+        if is_id(batch_id) and not self._tail.ahead(batch_id):
             known = await queries.batch_of(self._database, batch_id, user_id=user_id)
         if known is not None:
             uploads, cursor = await queries.uploads_of(self._database, batch_id, page=page)
@@ -95,10 +93,10 @@ class Reading:
         return await queries.oldest_unfinished_ms(self._database)
 
     async def _upload(self, upload_id: str, user_id: str) -> Upload | None:
-        batch_id = self._recent.batch_of(upload_id)
+        batch_id = self._tail.batch_of(upload_id)
         if batch_id is None:
             found = await queries.upload_of(self._database, upload_id, user_id=user_id)
-            if found is None or not self._recent.ahead(found.batch_id):
+            if found is None or not self._tail.ahead(found.batch_id):
                 return found
             batch_id = found.batch_id
         async with self._tail.hold(batch_id) as held:
