@@ -74,7 +74,8 @@ def configure_logging(*, service: str, log_format: str, log_level: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(log_level.upper())
-    for chatty in ("aiokafka", "faststream", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx"):
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it repeats ten times a second what we say once
+    for chatty in ("faststream", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service)

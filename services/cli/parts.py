@@ -52,10 +52,10 @@ class Service:
     async def start(
         cls, name: str, *, url: str, log_file: Path, lock: FolderLock, environment: Mapping[str, str], grace_s: float
     ) -> "Service":
-        """Start `python -m services.NAME`; ready is another matter."""
+        """Start `python -m services.NAME` (of further lanes `processor-1` and so on); ready is another matter."""
         log_began = _begin_log(log_file)
         process = await GuardedProcess.start(
-            (sys.executable, "-P", "-m", f"services.{name}"),
+            (sys.executable, "-P", "-m", f"services.{name.partition('-')[0]}"),
             log_file=log_file,
             lock=lock,
             stop_signal=signal.SIGTERM,

@@ -95,14 +95,14 @@ async def running(plan: Plan, *, say: Say, follow: bool) -> AsyncIterator[Stack]
         environment = _environment(plan, kafka=kafka, database_url=database_url)
         started = [
             await _start_service(
-                name, plan, stack, stopping, lock=lock, environment=environment, say=say, follow=follow
+                name, port, plan, stack, stopping, lock=lock, environment=environment | own, say=say, follow=follow
             )
-            for name in SERVICES
+            for name, port, own in _members(plan)
         ]
         stopping.push_async_callback(stack.parts.forget)
         async with httpx.AsyncClient(trust_env=False, timeout=5.0) as http:
             await stack.parts.unless_one_ends(_all_ready(started, http, say))
-        stack.endpoints = {service.name: service.url for service in reversed(started)} | {
+        stack.endpoints = {service.name: service.url for service in reversed(started) if service.name in SERVICES} | {
             "kafka": kafka,
             "postgres": database_url,
             "blobs": environment["SLUICE_BLOB_URL"],
@@ -138,9 +138,12 @@ async def _start_servers(plan: Plan, stack: Stack, stopping: AsyncExitStack, say
     database_url = plan.settings.database_url.get_secret_value()
     wanted: list[EmbeddedKafka | EmbeddedPostgres] = []
     if not plan.is_external("kafka_bootstrap_servers"):
-        wanted.append(EmbeddedKafka(data_dir=plan.data_dir, log=lambda line: say("kafka", line)))
+        flushed = {"log.flush.interval.messages": "1"} if plan.settings.fsync else {}
+        wanted.append(EmbeddedKafka(data_dir=plan.data_dir, log=lambda line: say("kafka", line), properties=flushed))
     if not plan.is_external("database_url"):
-        wanted.append(EmbeddedPostgres(data_dir=plan.data_dir, log=lambda line: say("postgres", line)))
+        wanted.append(
+            EmbeddedPostgres(data_dir=plan.data_dir, log=lambda line: say("postgres", line), fsync=plan.settings.fsync)
+        )
     for server in wanted:
         stopping.push_async_callback(_stop_server, server, say)
     with one_error():
@@ -165,8 +168,24 @@ async def _stop_server(server: EmbeddedKafka | EmbeddedPostgres, say: Say) -> No
     say(server.name, f"stopped after {time.monotonic() - began:.1f} s")
 
 
+def _members(plan: Plan) -> list[tuple[str, int, dict[str, str]]]:
+    """Name, port and own settings of each service, in the order of their start: a processor for every lane."""
+    members: list[tuple[str, int, dict[str, str]]] = []
+    for name in SERVICES:
+        port: int = getattr(plan.settings, f"{name}_port")
+        members.append((name, port, {"SLUICE_PARTITION": "0"} if name == "processor" else {}))
+        if name == "processor" and plan.settings.partitions > 1:
+            ports = free_ports(plan.settings.partitions - 1)
+            members += [
+                (f"processor-{lane}", port, {"SLUICE_PARTITION": str(lane), "SLUICE_PROCESSOR_PORT": str(port)})
+                for lane, port in enumerate(ports, start=1)
+            ]
+    return members
+
+
 async def _start_service(
     name: str,
+    port: int,
     plan: Plan,
     stack: Stack,
     stopping: AsyncExitStack,
@@ -179,7 +198,7 @@ async def _start_service(
     say(name, "starting")
     service = await Service.start(
         name,
-        url=f"http://{_reachable(plan.settings.host)}:{getattr(plan.settings, f'{name}_port')}",
+        url=f"http://{_reachable(plan.settings.host)}:{port}",
         log_file=plan.data_dir / "logs" / f"{name}.log",
         lock=lock,
         environment=environment,

@@ -6,6 +6,7 @@ outcome before it and the batch's completion. What comes back ignored is undone 
 """
 
 import asyncio
+import contextlib
 import copy
 import os
 import time
@@ -45,6 +46,7 @@ SOURCE = "sluice/processor"
 APPEND_TIMEOUT_S = 10.0
 RETRY_INTERVAL_S = 0.5
 FINISH_GRACE_S = 3.0
+READ_BACK_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 0.1
 
 
@@ -220,6 +222,14 @@ class LaneWorker:
             except TimeoutError:
                 self._stop_work_of(work.started.batch_id, why="shutdown")
         self._changed.set()
+
+    async def read_back(self) -> None:
+        """Wait, for a bounded time, until what was appended here has been folded: then the read models end with it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(READ_BACK_TIMEOUT_S):
+                while self._unread:
+                    self._changed.clear()
+                    await self._changed.wait()
 
     async def seal_idle(self, before_ms: int) -> None:
         """Seal the open batches that nothing was queued into since `before_ms`."""

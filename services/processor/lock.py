@@ -39,14 +39,15 @@ class LaneLock:
         finally:
             await lock._give_back()
 
-    async def take(self) -> None:
-        """Wait until the lane is free and it is ours."""
+    async def take(self) -> bool:
+        """Wait until the lane is free and it is ours; True then."""
         standby_said = False
         while not await self._try():
             if not standby_said:
                 _log.info("standing_by", partition=self._partition, reason="another processor holds the lane")
                 standby_said = True
             await asyncio.sleep(TRY_INTERVAL_S)
+        return True
 
     async def keep(self) -> None:
         """Pin the lock each second; when it is lost, take it again. Never returns."""

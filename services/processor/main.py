@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 
@@ -36,6 +36,7 @@ from services.serving import health_routes, serving
 from services.settings import Settings, load
 
 _log = logger("processor")
+T = TypeVar("T")
 
 READ_RECORDS_MAX = 2_000
 READ_TIMEOUT_MS = 200
@@ -150,7 +151,7 @@ async def _work_lane(
     async with contextlib.AsyncExitStack() as stack:
         lock = await stack.enter_async_context(LaneLock.open(stores.database, partition=settings.partition))
         health.state = "standing by"
-        if not await _unless_stopped(lock.take(), stop):
+        if await _unless_stopped(lock.take(), stop) is None:
             return
         health.state = "catching up"
         reader, writer = stores.log.reader([settings.partition]), stores.log.writer()
@@ -159,9 +160,10 @@ async def _work_lane(
         keeping = asyncio.create_task(lock.keep(), name="lane.lock")
         stack.push_async_callback(cancelled, keeping)
         async with stopwatch(f"lane {settings.partition} claimed"):
-            projection = await _patiently_open(stores, settings.partition)
-            await _read_from(reader, projection)
-            epoch = await _claim(reader, writer, projection, health)
+            taken = await _unless_stopped(_take(stores, settings.partition, reader, writer, health), stop)
+        if taken is None:
+            return
+        projection, epoch = taken
         hand = LaneWorker(
             epoch=epoch,
             log=stores.log,
@@ -203,6 +205,7 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
         await first_of(*tasks, keeping)
         await lane.hand.stop()
         await first_of(working, reading, flushing)
+        await lane.hand.read_back()
         _log.info("lane_given_back", epoch=lane.hand.epoch, next_offset=lane.projection.lane.next_offset)
     except (LogRefused, LogUnavailable) as error:
         raise StartError(str(error)) from error
@@ -210,6 +213,15 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
         await cancelled(*tasks)
         with contextlib.suppress(DatabaseUnavailable):
             await lane.projection.flush()
+
+
+async def _take(
+    stores: Stores, partition: int, reader: LogReader, writer: LogWriter, health: Health
+) -> tuple[Projection, int]:
+    """The lane's rows, and the epoch under which it is ours."""
+    projection = await _patiently_open(stores, partition)
+    await _read_from(reader, projection)
+    return projection, await _claim(reader, writer, projection, health)
 
 
 async def _patiently_open(stores: Stores, partition: int) -> Projection:
@@ -344,11 +356,11 @@ async def _keep_house(lane: Lane, idle_seal_s: float) -> None:
         await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
 
 
-async def _unless_stopped(work: Coroutine[Any, Any, None], stop: asyncio.Event) -> bool:
-    """Do the work unless `stop` comes first; whether it was done."""
+async def _unless_stopped(work: Coroutine[Any, Any, T], stop: asyncio.Event) -> T | None:
+    """What the work comes to; None where `stop` comes first."""
     task, stopping = asyncio.create_task(work), asyncio.create_task(stop.wait())
     try:
         await first_of(task, stopping)
-        return task.done()
+        return task.result() if task.done() else None
     finally:
         await cancelled(task, stopping)
