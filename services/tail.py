@@ -10,60 +10,37 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from schemas.batch import Batch, Changed, Ignored, Lane, Upload, cancel_swept, evolve, step
-from schemas.events import Fact, LaneClaimed, LogCreated, Undecodable, decode
+from schemas.batch import Batch, Ignored, Lane, evolve, step
+from schemas.events import ByUser, Fact, LaneClaimed, LogCreated, Undecodable, UploadQueued, decode
 from schemas.ids import partition_of
 from schemas.position import Position
-from schemas.records import StoredRecord
-from services.database import Database, DatabaseUnavailable
-from services.eventlog import Log, LogReader, LogUnavailable
+from services.database import Database, DatabaseUnavailable, Snapshot
+from services.eventlog import Log, LogError, LogReader, LogUnavailable
+from services.folding import Folded, Held, Kept
+from services.following import FollowedUsers, is_first_of_its_batch
 from services.lifecycle import cancelled
 from services.observability import LOG_LAG, TAIL_BATCHES_HELD, TAIL_FACTS_HELD, logger
+from services.waiting import Conditions, ReadBack
+
+__all__ = ["Folded", "Held", "Kept", "ReadBack", "Tail"]
 
 _log = logger("tail")
+
+Past = Callable[[str, int], Awaitable[Held]]
+"""A batch as it was before an offset, from the index of its facts; see services/history.py."""
 
 READ_RECORDS_MAX = 2_000
 READ_TIMEOUT_MS = 200
 WATCH_INTERVAL_S = 1.0
 LOAD_TIMEOUT_S = 5.0
 CREATED_UNUSED_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Folded:
-    """One fact of a batch in use, after it was folded. `batch` and the states in `outcome` are live: copy what you
-    keep. `position` is the whole vector, this fact included."""
-
-    fact: Fact
-    outcome: Changed | Ignored
-    batch: Batch | None
-    time_ms: int
-    position: Position
-
-
-@dataclass(slots=True)
-class Held:
-    """A batch in memory, folded up to the tail's head; `batch` is None for one nobody heard of."""
-
-    id: str
-    batch: Batch | None
-    uploads: dict[str, Upload]
-    folded_to: int
-    users: int = 0
-    created_at_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """A fact of a batch that is not in memory, with the lane's epoch and time as of it."""
-
-    fact: Fact
-    epoch: int | None
-    time_ms: int
+FOLLOWED_LOAD_TIMEOUT_S = 3.0
+FOLLOWED_HELD_MAX = 10
+"""How many times `batches_max` batches may be in memory before no more are held for users who are followed."""
 
 
 @dataclass(slots=True)
@@ -73,30 +50,7 @@ class _Partition:
     lane: Lane
     projected: int
     kept_order: deque[tuple[int, str]] = field(default_factory=deque)
-
-
-class ReadBack:
-    """The facts of one write, awaited from the log. Made before they are appended, so none can be missed."""
-
-    def __init__(self, waiting: dict[str, "asyncio.Future[Folded]"], event_ids: Sequence[str]) -> None:
-        self._waiting = waiting
-        loop = asyncio.get_running_loop()
-        self._futures = {event_id: loop.create_future() for event_id in event_ids}
-        waiting.update(self._futures)
-
-    async def wait(self, timeout_s: float) -> list[Folded]:
-        """What became of each fact, in the order they were named; raises TimeoutError."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return [await future for future in self._futures.values()]
-        finally:
-            self.cancel()
-
-    def cancel(self) -> None:
-        """Wait no longer."""
-        for event_id, future in self._futures.items():
-            self._waiting.pop(event_id, None)
-            future.cancel()
+    queued_order: deque[tuple[int, str]] = field(default_factory=deque)
 
 
 class Tail:
@@ -111,19 +65,25 @@ class Tail:
         lanes: Mapping[int, Lane],
         facts_max: int,
         batches_max: int,
+        past: Past | None,
     ) -> None:
         self.log_id = log_id
         self._reader = reader
         self._database = database
         self._facts_max = facts_max
         self._batches_max = batches_max
+        self._past = past
         self._partitions = {number: _Partition(lane, lane.next_offset) for number, lane in lanes.items()}
         self._held: dict[str, Held] = {}
-        self._kept: dict[str, list[_Kept]] = {}
+        self._kept: dict[str, list[Kept]] = {}
+        self._batch_of_upload: dict[str, str] = {}
         self._loading: dict[str, asyncio.Task[Held]] = {}
+        self._bringing: str | None = None
+        self._followed = FollowedUsers()
+        self.keeping = self._followed.keeping
         self._waiting: dict[str, asyncio.Future[Folded]] = {}
         self._listeners: list[Callable[[Folded], None]] = []
-        self._conditions: dict[asyncio.Future[None], Callable[[], bool]] = {}
+        self._conditions = Conditions()
         self._ends: dict[int, int] = {}
         self._caught_up_at_s: float | None = None
         self._log_problem: str | None = None
@@ -140,8 +100,9 @@ class Tail:
         partitions: int,
         facts_max: int = 200_000,
         batches_max: int = 2_000,
+        past: Past | None = None,
     ) -> AsyncIterator[Self]:
-        """A tail that reads on from the projected position until the block is left.
+        """A tail that reads on from the projected position until the block is left. Following users needs the `past`.
 
         Raises DatabaseUnavailable, LogUnavailable, LogRefused where the log does not reach that position.
         """
@@ -155,6 +116,7 @@ class Tail:
             lanes=lanes,
             facts_max=facts_max,
             batches_max=batches_max,
+            past=past,
         )
         try:
             for number, lane in lanes.items():
@@ -217,11 +179,11 @@ class Tail:
     async def caught_up(self) -> None:
         """Wait until everything that was in the log at one moment after the call has been read."""
         began = time.monotonic()
-        await self._until(lambda: self._caught_up_at_s is not None and self._caught_up_at_s >= began)
+        await self._conditions.until(lambda: self._caught_up_at_s is not None and self._caught_up_at_s >= began)
 
     async def reached(self, position: Position, timeout_s: float) -> bool:
         """Whether the tail has read so far within `timeout_s`."""
-        return await self._within(lambda: self.position().includes(position), timeout_s)
+        return await self._conditions.within(lambda: self.position().includes(position), timeout_s)
 
     async def reached_end(self, timeout_s: float) -> bool:
         """Whether the tail has read, within `timeout_s`, to where the log ended at the call."""
@@ -230,11 +192,11 @@ class Tail:
                 ends = await self._reader.ends()
         except (TimeoutError, LogUnavailable):
             return False
-        return await self._within(lambda: self._read_to(ends), timeout_s)
+        return await self._conditions.within(lambda: self._read_to(ends), timeout_s)
 
     async def projected_past(self, position: Position, timeout_s: float) -> bool:
         """Whether the read models include the position within `timeout_s`."""
-        return await self._within(lambda: self.projected().includes(position), timeout_s)
+        return await self._conditions.within(lambda: self.projected().includes(position), timeout_s)
 
     def read_back(self, event_ids: Sequence[str]) -> ReadBack:
         """Await these facts, which are appended next; their batch must be held or created here meanwhile."""
@@ -246,6 +208,17 @@ class Tail:
         return lambda: self._listeners.remove(callback)
 
     # Batches in use
+
+    def ahead(self, batch_id: str) -> bool:
+        """Whether facts of this batch were read here that the read models do not include."""
+        held = self._held.get(batch_id)
+        if held is None:
+            return batch_id in self._kept
+        return held.batch is not None and held.batch.offset >= self._partitions[held.batch.partition].projected
+
+    def batch_of(self, upload_id: str) -> str | None:
+        """The batch of an upload that the read models do not include yet; None where that is not known here."""
+        return self._batch_of_upload.get(upload_id)
 
     def create(self, batch_id: str) -> None:
         """Fold this batch from its first fact on: the caller made its id just now, so nobody else knows it."""
@@ -282,21 +255,98 @@ class Tail:
 
     async def _load_rows(self, batch_id: str) -> Held:
         partition = self._partitions[partition_of(batch_id)]
+        snapshot = await self._snapshot(batch_id, partition)
+        included = snapshot.lane.next_offset
+        if not await self._conditions.within(lambda: partition.lane.next_offset >= included, LOAD_TIMEOUT_S):
+            raise DatabaseUnavailable("the log is read more slowly than the read models are written; try again")
+        return self._take_in(Held(batch_id, snapshot.batch, snapshot.uploads, folded_to=included), partition)
+
+    async def _snapshot(self, batch_id: str, partition: _Partition) -> Snapshot:
+        """The rows; the facts after them are at hand, as long as the batch is being loaded."""
         complete_from = partition.projected
         snapshot = await self._database.snapshot(batch_id)
-        included = snapshot.lane.next_offset
-        if included < complete_from:
+        if snapshot.lane.next_offset < complete_from:
             raise DatabaseUnavailable(
-                f"the read models are being rebuilt: they include {included} records of partition "
+                f"the read models are being rebuilt: they include {snapshot.lane.next_offset} records of partition "
                 f"{partition.lane.partition}, of {complete_from} they included before"
             )
-        if not await self._within(lambda: partition.lane.next_offset >= included, LOAD_TIMEOUT_S):
-            raise DatabaseUnavailable("the log is read more slowly than the read models are written; try again")
-        held = Held(batch_id, snapshot.batch, snapshot.uploads, folded_to=included)
-        self._held[batch_id] = held
-        for kept in self._kept.pop(batch_id, ()):
+        return snapshot
+
+    def _take_in(self, held: Held, partition: _Partition) -> Held:
+        """Keep up to date what was loaded, unless that was done meanwhile: the facts after it are at hand."""
+        if (known := self._held.get(held.id)) is not None:
+            return known
+        self._held[held.id] = held
+        for kept in self._kept.get(held.id, ()):
             self._fold(held, partition, kept)
         return held
+
+    def peek(self, batch_id: str) -> Held | None:
+        """The batch, if it is in memory."""
+        return self._held.get(batch_id)
+
+    def unprojected_of(self, batch_id: str) -> list[Kept]:
+        """The facts of a batch in memory that the read models may not include yet, in order, and what they did."""
+        return [kept for kept in self._kept.get(batch_id, ()) if kept.folded]
+
+    # Users who are followed
+
+    def follow(self, user_id: str, on_lost: Callable[[str], None]) -> frozenset[str]:
+        """From now on, hold every unfinished batch of this user that comes into memory, and bring any other one there
+        before its next effective fact is folded: none is missed, whoever listens. What is unfinished now must be held
+        once by the caller: that is what Postgres has, and the result, the batches this user did something with that
+        the read models may not know of.
+
+        `on_lost`: called with the reason when that could not be done; the user is followed no more then.
+        """
+        assert self._past is not None, "a tail that follows users needs to look at the past"
+        self._followed.add(user_id, on_lost)
+        return frozenset(
+            batch_id
+            for batch_id, facts in self._kept.items()
+            if any(isinstance(kept.fact.event, ByUser) and kept.fact.event.user_id == user_id for kept in facts)
+        )
+
+    def unfollow(self, user_id: str) -> None:
+        self._followed.remove(user_id)
+
+    def held_of(self, user_id: str) -> list[Batch]:
+        """This user's batches in memory, the deleted ones too."""
+        batches = (held.batch for held in self._held.values())
+        return [batch for batch in batches if batch is not None and batch.user_id == user_id]
+
+    async def _bring_followed(self, facts: Sequence[Fact | Undecodable]) -> None:
+        """Before these facts are taken: bring the batches into memory that followed users do something with."""
+        for event in self._followed.named_in(facts):
+            if event.batch_id in self._held:
+                continue
+            if len(self._held) >= FOLLOWED_HELD_MAX * self._batches_max:
+                self._followed.lose(event.user_id, "too many batches are in work to follow all of them")
+            elif is_first_of_its_batch(event) and event.batch_id not in self._kept:
+                self.create(event.batch_id)
+            elif self._database_problem is not None:
+                self._followed.lose(event.user_id, self._database_problem)
+            else:
+                await self._bring(event.user_id, event.batch_id)
+
+    async def _bring(self, user_id: str, batch_id: str) -> None:
+        """Load a batch as of where its partition was read to; where the rows are ahead of that, from its past."""
+        assert self._past is not None
+        partition = self._partitions[partition_of(batch_id)]
+        self._bringing = batch_id
+        try:
+            async with asyncio.timeout(FOLLOWED_LOAD_TIMEOUT_S):
+                snapshot = await self._snapshot(batch_id, partition)
+                if (included := snapshot.lane.next_offset) > partition.lane.next_offset:
+                    held = await self._past(batch_id, partition.lane.next_offset)
+                else:
+                    held = Held(batch_id, snapshot.batch, snapshot.uploads, folded_to=included)
+        except (DatabaseUnavailable, LogError, TimeoutError) as error:
+            self._followed.lose(user_id, str(error) or "the database does not answer")
+        else:
+            self._take_in(held, partition)
+        finally:
+            self._bringing = None
 
     # Reading on
 
@@ -309,36 +359,38 @@ class Tail:
                 await asyncio.sleep(WATCH_INTERVAL_S / 2)
                 continue
             self._say_log_problem(None)
-            for record in records:
-                self._take(record)
-            self._wake()
+            facts = [decode(record) for record in records]
+            if self._followed:
+                await self._bring_followed(facts)
+            for fact in facts:
+                self._take(fact)
+            self._conditions.wake()
 
-    def _take(self, record: StoredRecord) -> None:
-        partition = self._partitions[record.partition]
-        step(partition.lane, record.offset, record.timestamp_ms)
-        fact = decode(record)
+    def _take(self, fact: Fact | Undecodable) -> None:
+        partition = self._partitions[fact.partition]
+        step(partition.lane, fact.offset, fact.timestamp_ms)
         if isinstance(fact, Undecodable):
             return
         batch_id = fact.batch_id
         if isinstance(fact.event, LogCreated | LaneClaimed) or batch_id is None:
             evolve(partition.lane, None, None, fact)
             return
-        kept = _Kept(fact, partition.lane.epoch, partition.lane.time_ms)
+        if isinstance(fact.event, UploadQueued) and fact.offset >= partition.projected:
+            self._batch_of_upload.setdefault(fact.event.upload_id, batch_id)
+            partition.queued_order.append((fact.offset, fact.event.upload_id))
+        kept = Kept(fact, partition.lane.epoch, partition.lane.time_ms)
+        if fact.offset >= partition.projected or batch_id in self._loading:
+            self._kept.setdefault(batch_id, []).append(kept)
+            partition.kept_order.append((fact.offset, batch_id))
         if held := self._held.get(batch_id):
             self._fold(held, partition, kept)
-        elif record.offset >= partition.projected or batch_id in self._loading:
-            self._kept.setdefault(batch_id, []).append(kept)
-            partition.kept_order.append((record.offset, batch_id))
 
-    def _fold(self, held: Held, partition: _Partition, kept: _Kept) -> None:
+    def _fold(self, held: Held, partition: _Partition, kept: Kept) -> None:
         fact = kept.fact
         if fact.offset < held.folded_to:
             return
-        held.folded_to = fact.offset + 1
-        lane = Lane(fact.partition, self.log_id, fact.offset + 1, kept.epoch, kept.time_ms)
-        outcome = evolve(lane, held.batch, held.uploads.get(fact.upload_id or ""), fact)
-        if isinstance(outcome, Changed):
-            _apply(held, outcome, lane)
+        outcome = held.fold(fact, log_id=self.log_id, epoch=kept.epoch, time_ms=kept.time_ms)
+        kept.folded, kept.ignored = True, outcome if isinstance(outcome, Ignored) else None
         position = self.position().at(partition.lane.partition, fact.offset)
         folded = Folded(fact, outcome, held.batch, kept.time_ms, position)
         if (reader := self._waiting.pop(fact.id, None)) and not reader.done():
@@ -353,10 +405,10 @@ class Tail:
             asked_at_s = time.monotonic()
             try:
                 self._ends = await self._reader.ends()
-                await self._within(lambda: self._read_to(self._ends), WATCH_INTERVAL_S)
+                await self._conditions.within(lambda: self._read_to(self._ends), WATCH_INTERVAL_S)
                 if self._read_to(self._ends):
                     self._caught_up_at_s = asked_at_s
-                    self._wake()
+                    self._conditions.wake()
             except LogUnavailable:
                 pass  # `_read` meets and says the same, and the lag grows meanwhile
             for number, partition in self._partitions.items():
@@ -387,11 +439,11 @@ class Tail:
             self._move_projected(number, lane.next_offset)
         self._say_database_problem(None)
         self._evict()
-        self._wake()
+        self._conditions.wake()
 
     def _heard_projected(self, partition: int, next_offset: int) -> None:
         self._move_projected(partition, next_offset)
-        self._wake()
+        self._conditions.wake()
 
     def _move_projected(self, number: int, next_offset: int) -> None:
         if (partition := self._partitions.get(number)) is not None:
@@ -410,14 +462,18 @@ class Tail:
         TAIL_FACTS_HELD.set(self.unprojected())
 
     def _is_projected(self, held: Held, now_s: float) -> bool:
+        """Whether Postgres has all there is to it, and nobody needs it here."""
         if held.batch is None:
             return now_s - held.created_at_s > CREATED_UNUSED_S
-        return held.batch.offset < self._partitions[held.batch.partition].projected
+        projected = self._partitions[held.batch.partition].projected
+        return held.batch.offset < projected and not self._followed.needs(held.batch)
 
     def _drop_kept(self, partition: _Partition) -> None:
+        while partition.queued_order and partition.queued_order[0][0] < partition.projected:
+            self._batch_of_upload.pop(partition.queued_order.popleft()[1], None)
         order = partition.kept_order
         while order and order[0][0] < partition.projected:
-            if order[0][1] in self._loading:
+            if order[0][1] in self._loading or order[0][1] == self._bringing:
                 break
             offset, batch_id = order.popleft()
             kept = self._kept.get(batch_id)
@@ -426,29 +482,6 @@ class Tail:
                 if not kept:
                     del self._kept[batch_id]
 
-    # Waiting
-
-    def _wake(self) -> None:
-        for future, condition in list(self._conditions.items()):
-            if not future.done() and condition():
-                future.set_result(None)
-
-    async def _until(self, condition: Callable[[], bool]) -> None:
-        if condition():
-            return
-        future = asyncio.get_running_loop().create_future()
-        self._conditions[future] = condition
-        try:
-            await future
-        finally:
-            del self._conditions[future]
-
-    async def _within(self, condition: Callable[[], bool], timeout_s: float) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._until(condition)
-        return condition()
-
     def _say_log_problem(self, problem: str | None) -> None:
         _say_change("log", self._log_problem, problem)
         self._log_problem = problem
@@ -456,17 +489,6 @@ class Tail:
     def _say_database_problem(self, problem: str | None) -> None:
         _say_change("database", self._database_problem, problem)
         self._database_problem = problem
-
-
-def _apply(held: Held, changed: Changed, lane: Lane) -> None:
-    held.batch = changed.batch
-    if changed.upload is not None:
-        held.uploads[changed.upload.id] = changed.upload
-    if changed.swept == "cancelled":
-        for upload in held.uploads.values():
-            cancel_swept(upload, at_ms=lane.time_ms, offset=lane.next_offset - 1)
-    elif changed.swept == "deleted":
-        held.uploads.clear()
 
 
 def _say_change(part: str, before: str | None, now: str | None) -> None:

@@ -1,0 +1,67 @@
+"""One batch in memory: its state, and the facts of it that the read models do not include yet.
+
+The tail folds every fact into such a batch as it is read; history folds the past into one of its own. What a fact
+means stands in `schemas.batch`; here is only what becomes of a whole batch by it.
+"""
+
+from dataclasses import dataclass, field
+
+from schemas.batch import Batch, Changed, Ignored, Lane, Upload, cancel_swept, evolve
+from schemas.events import Fact
+from schemas.position import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """One fact of a batch in use, after it was folded. `batch` and the states in `outcome` are live: copy what you
+    keep. `position` is the whole vector, this fact included."""
+
+    fact: Fact
+    outcome: Changed | Ignored
+    batch: Batch | None
+    time_ms: int
+    position: Position
+
+
+@dataclass(slots=True)
+class Kept:
+    """A fact that the read models may not include yet, with the lane's epoch and time as of it. `folded`: whether it
+    was, here; `ignored`: why it then had no effect."""
+
+    fact: Fact
+    epoch: int | None
+    time_ms: int
+    folded: bool = False
+    ignored: Ignored | None = None
+
+
+@dataclass(slots=True)
+class Held:
+    """A batch in memory, folded up to offset `folded_to`; `batch` is None for one nobody heard of."""
+
+    id: str
+    batch: Batch | None
+    uploads: dict[str, Upload]
+    folded_to: int
+    users: int = field(default=0, compare=False)
+    created_at_s: float = field(default=0.0, compare=False)
+
+    def fold(self, fact: Fact, *, log_id: str, epoch: int | None, time_ms: int) -> Changed | Ignored:
+        """Fold the next of its facts; `epoch` and `time_ms` are the lane's as of it."""
+        assert fact.offset >= self.folded_to, f"{fact.partition}-{fact.offset} was folded before"
+        self.folded_to = fact.offset + 1
+        lane = Lane(fact.partition, log_id, self.folded_to, epoch, time_ms)
+        outcome = evolve(lane, self.batch, self.uploads.get(fact.upload_id or ""), fact)
+        if isinstance(outcome, Changed):
+            self._apply(outcome, at_ms=time_ms, offset=fact.offset)
+        return outcome
+
+    def _apply(self, changed: Changed, *, at_ms: int, offset: int) -> None:
+        self.batch = changed.batch
+        if changed.upload is not None:
+            self.uploads[changed.upload.id] = changed.upload
+        if changed.swept == "cancelled":
+            for upload in self.uploads.values():
+                cancel_swept(upload, at_ms=at_ms, offset=offset)
+        elif changed.swept == "deleted":
+            self.uploads.clear()
