@@ -133,6 +133,9 @@ async def _start_worker(settings: Settings) -> WorkerProcess:
         await worker.start()
     except WorkerUnavailable as error:
         raise StartError(str(error)) from error
+    if not worker.content_types:
+        await worker.stop()
+        raise StartError(f"no file could be worked: {'; '.join(worker.degraded)}; install again with `make setup`")
     for reason in worker.degraded:
         _log.warning("mode_degraded", reason=reason)
     return worker
