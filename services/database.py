@@ -155,7 +155,7 @@ class Database:
         self._url = url
         self._pool: asyncpg.Pool = asyncpg.create_pool(
             url,
-            min_size=1,
+            min_size=0,  # a floor is kept up in the background, which logs a traceback a second while Postgres is away
             max_size=pool_max,
             timeout=5,
             command_timeout=10,

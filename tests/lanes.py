@@ -40,13 +40,35 @@ class Lane:
     blobs: Path
     environment: dict[str, str]
     processes: list[asyncio.subprocess.Process] = field(default_factory=list)
+    lines: list[str] = field(default_factory=list)
+    heard: asyncio.Event = field(default_factory=asyncio.Event)
+    listeners: list[asyncio.Task[None]] = field(default_factory=list)
 
     async def start(self, **extra: str) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.processor", env={**os.environ, **self.environment, **extra}
+            sys.executable,
+            "-m",
+            "services.processor",
+            env={**os.environ, **self.environment, **extra},
+            stderr=asyncio.subprocess.PIPE,
         )
         self.processes.append(process)
+        self.listeners.append(asyncio.create_task(self._listen(process)))
         return process
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stderr is not None
+        async for line in process.stderr:
+            self.lines.append(line.decode())
+            sys.stderr.write(self.lines[-1])
+            self.heard.set()
+
+    async def said(self, words: str) -> None:
+        """Wait until a processor said this in its log; fails the test after WAIT_S."""
+        async with asyncio.timeout(WAIT_S):
+            while not any(words in line for line in self.lines):
+                self.heard.clear()
+                await self.heard.wait()
 
     async def append(self, events: Sequence[LogEvent]) -> None:
         writer = self.log.writer()
@@ -145,4 +167,5 @@ async def a_lane(*, kafka: str, database_url: str, unique: str, folder: Path) ->
                     process.send_signal(signal.SIGCONT)
                     process.kill()
                 await process.wait()
+            await asyncio.gather(*lane.listeners)
             await database.close()
