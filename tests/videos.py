@@ -26,7 +26,7 @@ CONTENT_TYPES = {
 }
 CODECS = {"mp4": "mpeg4", "mov": "mpeg4", "avi": "mjpeg", "webm": "libvpx", "mpeg": "mpeg2video", "flv": "flv"}
 _PIXELS = {"mjpeg": "yuvj420p", "prores_ks": "yuv422p10le", "huffyuv": "yuv422p", "qtrle": "argb", "png": "rgba"}
-_QUICK = {"libvpx": {"deadline": "realtime", "cpu-used": "8"}, "libx264": {"preset": "ultrafast"}}
+_QUICK = {"libvpx": {"deadline": "good", "cpu-used": "5"}, "libx264": {"preset": "ultrafast"}}
 
 
 def clip(

@@ -1,5 +1,6 @@
 """The work on one picture, as the handler does it: what it says, what it refuses, and what it is not fooled by."""
 
+import io
 import json
 import resource
 import struct
@@ -7,6 +8,8 @@ import tracemalloc
 import zlib
 from pathlib import Path
 
+import numpy as np
+import pillow_heif
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,11 +19,13 @@ from PIL.TiffImagePlugin import IFDRational
 from schemas.errors import WorkCode
 from schemas.text import RESULT_BYTES_MAX, json_bytes, storable_json
 from services.processor.work import exif
+from services.processor.work.containers import jpeg_scans
 from services.processor.work.decoding import Header, ImageLimits, refuse_bombs
 from services.processor.work.hashes import blurhash, phash
 from services.processor.work.images import ImageHandler
 from services.processor.work.port import WorkError
 from services.processor.work.thumbnails import fitted
+from tests.odd_files import jpeg_of_scans, png
 from tests.pictures import (
     CONTENT_TYPES,
     animated,
@@ -100,6 +105,32 @@ def test_every_mode_of_a_png_makes_an_rgb_thumbnail(worked, mode):
     assert abs(seen.convert("L").getpixel((222, 222)) - expected_gray) < (130 if mode == "1" else 20)
 
 
+@pytest.mark.parametrize("colour", [0, 2])
+def test_a_png_of_16_bits_a_sample_keeps_its_shades(worked, colour):
+    seen = worked(png(256, 64, 16, colour), content_type="image/png")["seen"].convert("L")
+
+    assert [seen.getpixel((x, 32)) for x in (16, 128, 240)] == pytest.approx([16, 128, 240], abs=6)
+
+
+@pytest.mark.parametrize("colour", [4, 6])
+def test_alpha_of_16_bits_is_shown_on_white(worked, colour):
+    # given a picture that goes from transparent black to opaque white
+    seen = worked(png(256, 64, 16, colour), content_type="image/png")["seen"].convert("L")
+
+    # then its middle, half of each, is lighter than the shade itself
+    assert seen.getpixel((4, 32)) > 230
+    assert seen.getpixel((250, 32)) > 230
+    assert 180 < seen.getpixel((128, 32)) < 210
+
+
+def test_a_heic_of_10_bits_keeps_its_colours(worked):
+    raw = (np.asarray(scene(64, 48)).astype(np.uint16) * 257).tobytes()
+    file = io.BytesIO()
+    pillow_heif.from_bytes("RGB;16", (64, 48), raw).save(file, quality=90)
+
+    assert corners(worked(file.getvalue(), content_type="image/heic")["seen"]) == [0, 1, 2, 3]
+
+
 def test_a_cmyk_jpeg_keeps_its_colours(worked):
     result = worked(encoded(scene(mode="CMYK"), "jpeg"))
 
@@ -118,6 +149,24 @@ def test_what_is_transparent_is_shown_white(worked, mode):
     seen = worked(encoded(picture.convert(mode), "png", **options), content_type="image/png")["seen"]
 
     assert seen.getpixel((32, 32)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("form", ["gif", "webp", "png"])
+def test_a_transparent_animation_is_shown_white(worked, form):
+    first, *others = (Image.new("RGBA", (64, 64), (0, 0, 0, 0)) for _ in range(3))
+    for place, other in enumerate(others):
+        other.putpixel((place, 0), (255, 0, 0, 255))
+    content = encoded(first, form, save_all=True, append_images=others, duration=50)
+
+    result = worked(content, content_type=CONTENT_TYPES[form])
+
+    assert (result["frames"], result["seen"].getpixel((32, 32))) == (3, (255, 255, 255))
+
+
+def test_a_transparent_heic_is_shown_white(worked):
+    content = encoded(Image.new("RGBA", (64, 64), (0, 0, 0, 0)), "heic")
+
+    assert worked(content, content_type="image/heic")["seen"].getpixel((32, 32)) == (255, 255, 255)
 
 
 def test_colours_are_shown_by_the_pictures_own_profile(worked):
@@ -347,6 +396,7 @@ def test_every_format_is_measured_before_it_is_decoded(tmp_path, form):
         (Header("png", 70_000, 1, 1), "a side may have"),
         (Header("gif", 10, 10, 2_001), "frames"),
         (Header("gif", 1_000, 1_001, 1_000), "all its frames"),
+        (Header("jpeg", 10_000, 10_000, 1, scans=51), "51 scans"),
     ],
 )
 def test_what_exceeds_a_limit_is_too_complex(header, why):
@@ -364,6 +414,28 @@ def test_a_gif_of_too_many_frames_is_refused_after_a_walk_without_decoding(refus
     error = refused(gif_of_frames(2_001))
 
     assert (WorkCode.MEDIA_TOO_COMPLEX, "2,001 frames" in error.message) == (error.code, True)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused_without_going_through_them(handler, tmp_path):
+    stages = []
+
+    with pytest.raises(WorkError, match="scans") as caught:
+        handler.work(job_for(tmp_path, jpeg_of_scans(1_000)), lambda stage, _percent: stages.append(stage))
+
+    assert (caught.value.code, caught.value.final) == (WorkCode.MEDIA_TOO_COMPLEX, True)
+    assert stages == ["reading"]
+
+
+def test_a_progressive_jpeg_has_its_ten_scans(tmp_path):
+    path = job_for(tmp_path, encoded(scene(), "jpeg", progressive=True)).path
+
+    assert jpeg_scans(path) == 10
+
+
+def test_a_palette_without_colours_is_corrupt(refused):
+    error = refused(png(8, 8, 8, 3, palette=b""))
+
+    assert (error.code, error.final) == (WorkCode.CORRUPT_MEDIA, True)
 
 
 # EXIF

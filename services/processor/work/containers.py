@@ -2,7 +2,8 @@
 
 Whether a PNG or a GIF is whole: Pillow is content without a PNG's end, and takes a GIF that breaks off between two
 blocks for a shorter animation. A whole one ends with IEND (PNG specification, section 5.6) or with its trailer (GIF89a
-specification, section 27). How much a GIF holds, and how large a WebP is, whose decoder says nothing when it fails.
+specification, section 27). How much a GIF holds, how often a jpeg is gone through, and how large a WebP is, whose
+decoder says nothing when it fails.
 """
 
 import zlib
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 _PNG_SIGNATURE_BYTES = 8
-_PNG_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 20
 _TRAILER, _EXTENSION, _IMAGE = b";", b"!", b","
+_SCAN = b"\xff\xda"
 _HEADER_BYTES = 13
 _DESCRIPTOR_BYTES = 9
 
@@ -39,7 +41,7 @@ def check_png(path: Path) -> None:
             left, kind = int.from_bytes(_take(file, 4), "big"), _take(file, 4)
             checksum = zlib.crc32(kind)
             while left:
-                piece = _take(file, min(left, _PNG_PIECE_BYTES))
+                piece = _take(file, min(left, _PIECE_BYTES))
                 checksum, left = zlib.crc32(piece, checksum), left - len(piece)
             if checksum != int.from_bytes(_take(file, 4), "big"):
                 raise BrokenContainerError(f"the checksum before byte {file.tell()} is wrong")
@@ -61,6 +63,16 @@ def gif_shape(path: Path) -> GifShape:
             else:
                 raise BrokenContainerError(f"there is no GIF block at byte {file.tell() - 1}")
     return GifShape(frames, width, height)
+
+
+def jpeg_scans(path: Path) -> int:
+    """How many scans a jpeg has at most: in one's data no such marker can stand (ITU-T T.81, section B.1.1.5)."""
+    scans, last = 0, b""
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            scans += (last + piece).count(_SCAN)
+            last = piece[-1:]
+    return scans
 
 
 def _skip_image(file: BinaryIO) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from schemas.errors import WorkCode
-from services.processor.work.containers import BrokenContainerError, check_png, gif_shape, webp_pixels
+from services.processor.work.containers import BrokenContainerError, check_png, gif_shape, jpeg_scans, webp_pixels
 from services.processor.work.port import Progress, WorkError
 from services.processor.work.thumbnails import THUMBNAIL_SIDE_MAX, fitted
 
@@ -44,6 +44,7 @@ _DECODER_ERRORS: Final = (
     TypeError,
     ArithmeticError,
     RuntimeError,
+    AssertionError,
     struct.error,
     zlib.error,
 )
@@ -51,12 +52,14 @@ _DECODER_ERRORS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class ImageLimits:
-    """What may be decoded, judged by the header: pixels of one frame, its longer side, frames, pixels of all frames."""
+    """What may be decoded, judged by the header: pixels of one frame, its longer side, frames, pixels of all frames,
+    and pixels of all scans of a jpeg (each goes through the whole picture; an honest one has ten or so)."""
 
     pixels_max: int = 100_000_000
     side_pixels_max: int = 65_535
     frames_max: int = 2_000
     all_frames_pixels_max: int = 1_000_000_000
+    all_scans_pixels_max: int = 5_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,7 @@ class Header:
     width: int
     height: int
     frames: int
+    scans: int = 1
 
 
 def refuse_bombs(header: Header, limits: ImageLimits) -> None:
@@ -82,6 +86,10 @@ def refuse_bombs(header: Header, limits: ImageLimits) -> None:
         (
             pixels * header.frames > limits.all_frames_pixels_max,
             f"has {pixels * header.frames:,} pixels in all its frames, {limits.all_frames_pixels_max:,} are allowed",
+        ),
+        (
+            pixels * header.scans > limits.all_scans_pixels_max,
+            f"has {pixels:,} pixels in {header.scans:,} scans, {limits.all_scans_pixels_max:,} are allowed in all",
         ),
     )
     for exceeds, what in too_much:
@@ -114,10 +122,11 @@ def opened(path: Path) -> Iterator[ImageFile.ImageFile]:
         yield picture
 
 
-def header_of(picture: ImageFile.ImageFile, gif_frames: int | None) -> Header:
+def header_of(picture: ImageFile.ImageFile, gif_frames: int | None, path: Path) -> Header:
     name = _FORMATS[picture.format or ""]
-    frames = 1 if name == "jpeg" else gif_frames or int(getattr(picture, "n_frames", 1))
-    return Header(name, *picture.size, frames)
+    if name == "jpeg":
+        return Header(name, *picture.size, frames=1, scans=jpeg_scans(path))
+    return Header(name, *picture.size, frames=gif_frames or int(getattr(picture, "n_frames", 1)))
 
 
 def decoded_small(picture: ImageFile.ImageFile, header: Header, path: Path, progress: Progress) -> Image.Image:
@@ -192,7 +201,9 @@ def decoder_errors() -> Iterator[None]:
     except _DECODER_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise WorkError(WorkCode.CORRUPT_MEDIA, f"The picture cannot be decoded: {error}.", final=True) from error
+        raise WorkError(
+            WorkCode.CORRUPT_MEDIA, f"The picture cannot be decoded: {str(error) or type(error).__name__}.", final=True
+        ) from error
 
 
 def memory_left_bytes() -> float:

@@ -91,7 +91,7 @@ class ImageHandler:
         progress("reading", 5)
         gif_frames = checked_container(job.path, self._limits)
         with opened(job.path) as picture:
-            header = header_of(picture, gif_frames)
+            header = header_of(picture, gif_frames, job.path)
             refuse_bombs(header, self._limits)
             progress("decoding", 15)
             with decoder_errors():

@@ -2,7 +2,8 @@
 
 A handler is plain synchronous code. It runs in a child process of its own (`process`, `child`), one file at a time,
 with limits on time and memory, because the bytes come from strangers and decoders crash. It is named by a Python entry
-point of the group `sluice.work` (`registry`) and chosen by the content type of the upload. Built in: `images`.
+point of the group `sluice.work` (`registry`) and chosen by the content type of the upload. Built in:
+`images` and `videos`.
 """
 
 from collections.abc import Callable, Mapping

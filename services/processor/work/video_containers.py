@@ -13,12 +13,12 @@ from typing import BinaryIO, Final
 
 from services.processor.work.containers import BrokenContainerError
 
-PARTS_MAX: Final = 1_000_000
+PARTS_MAX: Final = 300_000
 """As many parts are followed; a file of more of them is cut into shreds on purpose, and not checked further."""
 
 _MEDIA_BOXES: Final = frozenset({b"moov", b"moof", b"mdat"})
 _RIFF_LENGTH_UNKNOWN: Final = (0, 0xFFFFFFFF)
-_EBML_HEADER, _SEGMENT, _CLUSTER = 0x1A45DFA3, 0x18538067, 0x1F43B675
+_SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
 _FLV_TAG_TYPES: Final = frozenset({8, 9, 18})  # audio, video, script data
 _PACK, _END = b"\xba", b"\xb9"
 
@@ -84,7 +84,9 @@ def _check_ebml(file: BinaryIO, size_bytes: int) -> None:
                 break
             continue
         at += value
-        _must_end_within(at, size_bytes, "a block of the webm")
+        _must_end_within(at, size_bytes, "an element")
+        if kind == _SEGMENT:
+            break
 
 
 def _check_flv(file: BinaryIO, size_bytes: int) -> None:

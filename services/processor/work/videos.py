@@ -92,15 +92,23 @@ class VideoHandler:
         sight = survey.sight()
         if sight is None or not sight.is_clear:
             progress("playing", 70)
-            with (
-                opened_video(job.path, job.content_type, self._limits) as (again, same_video),
-                demuxer_errors("The video cannot be played"),
-            ):
-                look_from_the_beginning(again, same_video, survey, self._limits)
+            self._play(job, survey)
         needed_bytes = video.codec_context.width * video.codec_context.height * _DECODING_BYTES_PER_PIXEL
         if survey.sight() is None and needed_bytes > left_bytes:
             raise MemoryError  # some decoders call a good video broken when there is no memory for it
         return survey
+
+    def _play(self, job: Job, survey: Survey) -> None:
+        """Looks for a clearer frame from the beginning; where memory is short for that, what is there will do."""
+        try:
+            with (
+                opened_video(job.path, job.content_type, self._limits) as (container, video),
+                demuxer_errors("The video cannot be played"),
+            ):
+                look_from_the_beginning(container, video, survey, self._limits)
+        except MemoryError:
+            if survey.sight() is None:
+                raise
 
 
 def duration_s(container: InputContainer, survey: Survey) -> float | None:
