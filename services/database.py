@@ -33,6 +33,7 @@ _UNAVAILABLE = (
     OSError,
     TimeoutError,
     asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what a connection says that was cut while this process was paused
     asyncpg.PostgresConnectionError,
     asyncpg.OperatorInterventionError,
     asyncpg.TooManyConnectionsError,
@@ -118,11 +119,11 @@ async def prepare_connection(connection: Connection) -> None:
         decoder=lambda raw: str(UUID(bytes=bytes(raw))),
     )
     await connection.set_type_codec(
-        "jsonb",
+        "json",
         schema="pg_catalog",
         format="binary",
-        encoder=lambda value: b"\x01" + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(),
-        decoder=lambda raw: json.loads(bytes(raw)[1:]),
+        encoder=lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(),
+        decoder=lambda raw: json.loads(bytes(raw)),
     )
 
 

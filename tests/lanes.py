@@ -123,6 +123,14 @@ class Lane:
         finally:
             await connection.close()
 
+    async def lock_is_free(self) -> None:
+        """Wait until nobody holds the lane's lock any more; fails the test after WAIT_S."""
+        async with asyncio.timeout(WAIT_S), self.database.connection() as connection:
+            held = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND classid = 20942 AND granted"
+            held += " AND database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+            while await connection.fetchval(held):  # noqa: ASYNC110  # Postgres tells nobody that a lock became free
+                await asyncio.sleep(0.1)
+
     async def facts(self) -> list[Fact]:
         """Every fact of the log so far."""
         reader = self.log.reader([0])

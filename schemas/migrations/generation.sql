@@ -1,6 +1,7 @@
 -- One generation of the read models: everything in it is a fold of the log. `{generation}` is its schema's name.
 -- Times are milliseconds since 1970 UTC and offsets are the log's, so that a replay gives the same bytes; the views in
--- schema public show them as timestamps. Users stand before batches, whose foreign key they are.
+-- schema public show them as timestamps. JSON is kept as text (json, not jsonb), so that numbers stay as they were
+-- sent. Users stand before batches, whose foreign key they are.
 CREATE SCHEMA {generation};
 
 CREATE TABLE {generation}.positions (
@@ -27,14 +28,14 @@ CREATE TABLE {generation}.upload_batches (
     partition integer NOT NULL,
     user_id text NOT NULL REFERENCES {generation}.users (id),
     name text,
-    metadata jsonb NOT NULL,
+    metadata json NOT NULL,
     expected_uploads integer,
     files_max integer NOT NULL,
     batch_bytes_max bigint NOT NULL,
     file_bytes_max bigint NOT NULL,
     request_key_hash text,
     request_body_hash text,
-    requests jsonb NOT NULL,
+    requests json NOT NULL,
     status text NOT NULL,
     sealed boolean NOT NULL,
     queued integer NOT NULL,
@@ -71,7 +72,7 @@ CREATE TABLE {generation}.uploads (
     queueing integer NOT NULL,
     error_code text,
     error_message text,
-    result jsonb,
+    result json,
     created_ms bigint NOT NULL,
     created_offset bigint NOT NULL,
     updated_ms bigint NOT NULL,
@@ -95,6 +96,7 @@ CREATE TABLE {generation}.deleted_batches (
     deleted_ms bigint NOT NULL,
     deleted_offset bigint NOT NULL
 );
+CREATE INDEX ON {generation}.deleted_batches (user_id, deleted_offset);
 
 CREATE TABLE {generation}.batch_events (
     partition integer NOT NULL,

@@ -1,5 +1,5 @@
 """`python -m services.cli`: the same as `sluice`, for where the script is not installed."""
 
-from services.cli.app import main
+from services.cli import main
 
 main()

@@ -55,9 +55,12 @@ class Rate:
 
 @dataclass(slots=True)
 class Board:
-    """`counts` are the batch's as of `position`; empty until the first snapshot."""
+    """`counts` are the batch's as of `position`; empty until the first snapshot. `announced_files` and
+    `announced_bytes` are what the sender said it will bring: they count until the batch is sealed."""
 
     batch_id: str
+    announced_files: int = 0
+    announced_bytes: int = 0
     counts: dict[str, Any] = field(default_factory=dict)
     items: dict[str, Item] = field(default_factory=dict)
     position: str | None = None
@@ -105,7 +108,13 @@ class Board:
 
     @property
     def total(self) -> int:
-        return int(self.counts.get("total_uploads", 0))
+        queued = int(self.counts.get("total_uploads", 0))
+        return queued if self._complete else max(queued, self.announced_files)
+
+    @property
+    def _complete(self) -> bool:
+        """Whether no more files come."""
+        return self.ended or bool(self.counts.get("sealed"))
 
     @property
     def done(self) -> int:
@@ -114,7 +123,8 @@ class Board:
     @property
     def misses_rows(self) -> bool:
         """Whether the batch has files whose name and size were not told here."""
-        return self.total > sum(1 for item in self.items.values() if item.size_bytes is not None)
+        known = sum(1 for item in self.items.values() if item.size_bytes is not None)
+        return int(self.counts.get("total_uploads", 0)) > known
 
     @property
     def in_work(self) -> Item | None:
@@ -122,7 +132,10 @@ class Board:
 
     @property
     def bytes_total(self) -> int | None:
-        return None if self.misses_rows else sum(item.size_bytes or 0 for item in self.items.values())
+        if self.misses_rows:
+            return None
+        queued = sum(item.size_bytes or 0 for item in self.items.values())
+        return queued if self._complete else max(queued, self.announced_bytes)
 
     @property
     def bytes_done(self) -> int | None:

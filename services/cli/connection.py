@@ -4,7 +4,6 @@
 and a token is made with the secret kept beside it; such a token never goes to an address that is not named there.
 """
 
-import contextlib
 import json
 import os
 import secrets
@@ -97,11 +96,13 @@ def secret_file(data_dir: Path) -> Path:
 def keep_secret(data_dir: Path) -> str:
     """The secret of this folder, made at the first call; only its owner can read the file."""
     file = secret_file(data_dir)
-    with contextlib.suppress(FileExistsError):
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as fresh:
-            fresh.write(secrets.token_urlsafe(48) + "\n")
-    return file.read_text(encoding="ascii").strip()
+    if not file.exists():
+        _write_whole(file, secrets.token_urlsafe(48) + "\n")
+    secret = file.read_text(encoding="utf-8").strip()
+    if len(secret.encode()) < settings.JWT_SECRET_BYTES_MIN:
+        least = settings.JWT_SECRET_BYTES_MIN
+        raise WrongUse(f"{file} holds less than the {least} bytes of a secret. Remove it, and a new one is made.")
+    return secret
 
 
 def endpoints_file(data_dir: Path) -> Path:
@@ -119,13 +120,17 @@ def read_endpoints(data_dir: Path) -> dict[str, Any]:
 
 def write_endpoints(data_dir: Path, endpoints: dict[str, Any]) -> None:
     """Appears whole or not at all; for its owner alone, since the database's address may hold a password."""
-    partial = endpoints_file(data_dir).with_suffix(f".{os.getpid()}.partial")
+    _write_whole(endpoints_file(data_dir), json.dumps(endpoints, indent=2) + "\n")
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """For its owner alone; there is never half of it."""
+    partial = file.with_suffix(f".{os.getpid()}.partial")
     partial.unlink(missing_ok=True)
     descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(endpoints, file, indent=2)
-        file.write("\n")
-    partial.replace(endpoints_file(data_dir))
+    with os.fdopen(descriptor, "w", encoding="utf-8") as fresh:
+        fresh.write(text)
+    partial.replace(file)
 
 
 def is_loopback(url: str) -> bool:

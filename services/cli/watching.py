@@ -37,13 +37,20 @@ Message = dict[str, Any]
 
 
 async def follow(
-    api: Api, *, token: str, batch_id: str, shown: Display, on_begun: Callable[[], None] = lambda: None
+    api: Api,
+    *,
+    token: str,
+    batch_id: str,
+    shown: Display,
+    announced: Sequence[Path] = (),
+    on_begun: Callable[[], None] = lambda: None,
 ) -> Board:
     """Show the batch until it ended; the board as it is then. `on_begun` is called when from then on nothing is missed.
+    `announced`: the files that are being sent into it meanwhile.
 
     Raises Unreachable, Refused.
     """
-    board = Board(batch_id)
+    board = Board(batch_id, len(announced), sum(path.stat().st_size for path in announced))
     watch = Watch((await api.config())["notifier_url"], token, batch_id)
     async with contextlib.aclosing(watch.messages()) as messages, contextlib.AsyncExitStack() as beside:
         async for message in messages:
@@ -69,7 +76,7 @@ async def send_and_follow(
     batch = await api.create_batch(name=name)
     begun = asyncio.Event()
     following = asyncio.create_task(
-        follow(api, token=token, batch_id=batch["id"], shown=shown, on_begun=begun.set), name="follow"
+        follow(api, token=token, batch_id=batch["id"], shown=shown, announced=files, on_begun=begun.set), name="follow"
     )
     following.add_done_callback(lambda _ended: begun.set())
     try:

@@ -81,6 +81,10 @@ class EmbeddedKafka(EmbeddedServer):
         return f"127.0.0.1:{self.port}"
 
     async def _prepare(self, lock: FolderLock) -> None:
+        if "," in str(self.folder):
+            raise EmbeddedError(
+                f"{self.folder} has a comma in its name, at which Kafka would cut it. Name another folder."
+            )
         self._jars = await ensure_jars(self._cache_dir or default_cache_dir(), self._log)
         self._quick_start = await self._quick_start_options()
         shutil.rmtree(self.folder / "tmp", ignore_errors=True)
@@ -214,8 +218,12 @@ def _comparable(version: str) -> tuple[int, ...]:
 
 
 def _escaped(value: str) -> str:
-    """For a Java properties file: a backslash starts an escape there."""
-    return value.replace("\\", "\\\\")
+    """For a Java properties file: a backslash starts an escape there, and it is read as Latin-1."""
+    units = value.replace("\\", "\\\\").encode("utf-16-be")
+    return "".join(
+        chr(unit) if unit < 128 else f"\\u{unit:04x}"  # noqa: PLR2004  # the end of ASCII
+        for unit in (int.from_bytes(units[place : place + 2]) for place in range(0, len(units), 2))
+    )
 
 
 def read_cluster_id(meta_properties: Path) -> str:

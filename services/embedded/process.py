@@ -91,12 +91,12 @@ class GuardedProcess:
         code = await self._guard.wait()
         return code if code >= 0 else 128 - code  # negative: the guard itself was killed, and took the server along
 
-    async def stop(self) -> int:
-        """End the server, within its grace and a little more, and wait until it has ended."""
+    async def stop(self, *, within_s: float | None = None) -> int:
+        """End the server, within its grace and a little more (or `within_s`), and wait until it has ended."""
         assert self._guard.stdin is not None
         self._guard.stdin.close()
         try:
-            return await asyncio.wait_for(self._guard.wait(), self._grace_s + STOP_MARGIN_S)
+            return await asyncio.wait_for(self._guard.wait(), within_s or self._grace_s + STOP_MARGIN_S)
         except TimeoutError:
             self._kill()
             return await self._guard.wait()
@@ -136,4 +136,5 @@ async def run_guarded(
 
 def clean_environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_PREFIXES)}
-    return kept | {"LC_ALL": "C"}
+    utf8 = "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"  # Java can open no other names under plain C
+    return kept | {"LC_ALL": utf8}

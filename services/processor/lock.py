@@ -20,11 +20,13 @@ IDLE_TIMEOUT_MS = 3_000
 
 
 class LaneLock:
-    """The lock of one partition. `held` is what was known at the last pin; `on_change` is called when that changes."""
+    """The lock of one partition. `held` is what was known at the last pin; `on_change` is called when that changes.
+    `problem` says why the database could not be asked for it, None where it could."""
 
     def __init__(self, database: Database, *, partition: int) -> None:
         self.held = False
         self.on_change: Callable[[], None] = lambda: None
+        self.problem: str | None = None
         self._database = database
         self._partition = partition
         self._connection: Connection | None = None
@@ -41,11 +43,12 @@ class LaneLock:
 
     async def take(self) -> bool:
         """Wait until the lane is free and it is ours; True then."""
-        standby_said = False
+        said: str | None = None
         while not await self._try():
-            if not standby_said:
-                _log.info("standing_by", partition=self._partition, reason="another processor holds the lane")
-                standby_said = True
+            reason = self.problem or "another processor holds the lane"
+            if reason != said:
+                _log.info("standing_by", partition=self._partition, reason=reason)
+                said = reason
             await asyncio.sleep(TRY_INTERVAL_S)
         return True
 
@@ -72,9 +75,10 @@ class LaneLock:
                 taken = await self._connection.fetchval(
                     "SELECT pg_try_advisory_lock($1, $2)", _LOCK_CLASS, self._partition
                 )
-        except DatabaseUnavailable:
-            self._drop()
+        except DatabaseUnavailable as error:
+            self._drop(str(error))
             return False
+        self.problem = None
         self._change(held=bool(taken))
         return self.held
 
@@ -83,8 +87,8 @@ class LaneLock:
             with reaching():
                 assert self._connection is not None
                 await asyncio.wait_for(self._connection.execute("SELECT 1"), IDLE_TIMEOUT_MS / 1000)
-        except DatabaseUnavailable:
-            self._drop()
+        except DatabaseUnavailable as error:
+            self._drop(str(error))
             return False
         return True
 
@@ -93,7 +97,8 @@ class LaneLock:
             self.held = held
             self.on_change()
 
-    def _drop(self) -> None:
+    def _drop(self, problem: str | None = None) -> None:
+        self.problem = problem
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None

@@ -8,6 +8,7 @@ what Postgres holds.
 import asyncio
 import contextlib
 import os
+import shutil
 import socket
 import tempfile
 import time
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 from starlette.applications import Starlette
 
 from schemas.batch import Changed
@@ -45,6 +47,7 @@ FLUSH_PAUSE_S = 0.005
 RETRY_INTERVAL_S = 0.5
 CATCH_UP_REPORT_S = 5.0
 HOUSEKEEPING_INTERVAL_S = 5.0
+SCRATCH_PREFIX = "sluice-work-"
 
 
 def run() -> None:
@@ -58,10 +61,13 @@ class Health:
 
     state: str = "starting"
     parts: dict[str, str] = field(default_factory=dict)
+    lane_lock: LaneLock | None = None
 
     def problems(self) -> list[str]:
         starting = [f"the lane is {self.state}"] if self.state == "starting" else []
-        return [*starting, *self.parts.values()]
+        lock = self.lane_lock
+        lost = [] if lock is None or lock.held else [f"the lane's lock is lost: {lock.problem or 'another holds it'}"]
+        return [*starting, *lost, *self.parts.values()]
 
     def lost(self, part: str, reason: str) -> None:
         if part not in self.parts:
@@ -108,12 +114,21 @@ async def _parts(settings: Settings) -> AsyncIterator[tuple[BlobStore, WorkerPro
     async with contextlib.AsyncExitStack() as stack:
         async with stopwatch("blob store reached"):
             blobs = await stack.enter_async_context(_open_blobs(settings))
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sluice-work-")))
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")))
+        _clear_scratch_of_the_dead()
         async with stopwatch("child process warm"):
             worker = await _start_worker(settings)
             await stack.enter_async_context(closing("child process ended", worker.stop, timeout_s=5))
         stores = await stack.enter_async_context(open_stores(settings, service="processor"))
         yield blobs, worker, scratch, stores
+
+
+def _clear_scratch_of_the_dead() -> None:
+    """Who was killed could not remove its folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH_PREFIX}*"):
+        owner = folder.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.asynccontextmanager
@@ -179,6 +194,7 @@ async def _work_lane(
             may_start=lambda: lock.held and "database" not in health.parts,
         )
         lock.on_change = hand.wake
+        health.lane_lock = lock
         await hand.load()
         health.state = "working"
         _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)

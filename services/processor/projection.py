@@ -33,15 +33,15 @@ _log = logger("projection")
 
 CACHED_ROWS_MAX = 50_000
 _BATCH_TYPES = {
-    "id": "uuid", "user_id": "text", "name": "text", "metadata": "jsonb", "request_key_hash": "text",
-    "request_body_hash": "text", "requests": "jsonb", "status": "text", "sealed": "boolean", "error_message": "text",
+    "id": "uuid", "user_id": "text", "name": "text", "metadata": "json", "request_key_hash": "text",
+    "request_body_hash": "text", "requests": "json", "status": "text", "sealed": "boolean", "error_message": "text",
     "partition": "integer", "expected_uploads": "integer", "files_max": "integer", "queued": "integer",
     "processing": "integer", "completed": "integer", "failed": "integer", "cancelled": "integer",
 }  # fmt: skip
 _UPLOAD_TYPES = {
     "id": "uuid", "batch_id": "uuid", "filename": "text", "content_type": "text", "sha256": "text", "blob": "text",
     "key_hash": "text", "body_hash": "text", "status": "text", "error_code": "text", "error_message": "text",
-    "result": "jsonb", "attempts": "integer", "attempts_before": "integer", "queueing": "integer",
+    "result": "json", "attempts": "integer", "attempts_before": "integer", "queueing": "integer",
 }  # fmt: skip
 
 

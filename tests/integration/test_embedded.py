@@ -105,6 +105,21 @@ async def test_a_record_of_the_largest_size_in_the_contract_is_taken(kafka: str,
     assert await consume(kafka, unique) == [record]
 
 
+@both
+async def test_a_folder_may_have_any_letters_in_its_name(server_class: type[EmbeddedServer], data_dir: Path) -> None:
+    folder = data_dir / "jürgen's bücher 日本 😀"
+
+    async with server_class(data_dir=folder) as server:
+        assert server.folder.is_dir()
+
+    assert os.listdir(data_dir) == [folder.name]  # noqa: PTH208  # names are all that is looked at
+
+
+async def test_a_comma_in_the_folder_of_kafka_is_refused_by_name(data_dir: Path) -> None:
+    with pytest.raises(EmbeddedError, match="comma"):
+        await EmbeddedKafka(data_dir=data_dir / "a,b").start()
+
+
 async def test_no_topic_appears_by_accident(kafka: str, unique: str) -> None:
     async with admin(kafka) as client:
         (described,) = await client.describe_topics([unique])

@@ -210,3 +210,18 @@ async def test_a_late_copy_of_a_start_that_was_given_back_does_not_leave_the_upl
     assert (batch.completed, batch.total) == (24, 24)
     (given_back,) = [fact.event for fact in await lane.facts() if isinstance(fact.event, UploadInterrupted)]
     assert given_back.upload_id == last.id
+
+
+async def test_a_paused_holder_loses_the_lock_and_goes_on_when_it_has_it_back(lane: Lane) -> None:
+    batch_id = await lane.queue_pictures(GOOD * 8)
+    process = await lane.start()
+    await lane.until(batch_id, lambda batch, _uploads: batch.completed >= 3)
+
+    process.send_signal(signal.SIGSTOP)
+    await lane.lock_is_free()
+    process.send_signal(signal.SIGCONT)
+
+    assert (await lane.until(batch_id, ended)).completed == 48
+    await lane.said("lane_lock_back")
+    assert process.returncode is None
+    assert not any("Traceback" in line for line in lane.lines)

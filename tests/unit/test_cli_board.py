@@ -221,3 +221,15 @@ def test_a_deleted_batch_has_ended_though_it_has_no_counts_any_more() -> None:
 )
 def test_numbers_and_names_are_fit_for_people(shown: str, expected: str) -> None:
     assert expected == shown
+
+
+def test_what_the_sender_announced_counts_until_the_batch_is_sealed() -> None:
+    board = Board(BATCH, announced_files=9, announced_bytes=900)
+    open_batch = {"status": "processing", "sealed": False, "total_uploads": 2, "processed_uploads": 1}
+    board.counts = {**open_batch, "cancelled_uploads": 0, "failed_uploads": 0}
+
+    assert (board.total, board.done) == (9, 1)
+
+    board.counts |= {"sealed": True}
+
+    assert board.total == 2

@@ -109,7 +109,7 @@ def test_any_port_means_free_ones_all_different(tmp_path: Path, monkeypatch: pyt
 
 def test_the_demo_takes_another_port_where_a_default_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     default = up.Settings.model_fields["api_port"].default
-    monkeypatch.setattr(up, "_is_free", lambda _settings, port: port != default)
+    monkeypatch.setattr(up, "is_free", lambda _settings, port: port != default)
 
     plan = up.plan(data_dir=tmp_path, any_port=True)
 
