@@ -78,7 +78,7 @@ class Tail:
         self._kept: dict[str, list[Kept]] = {}
         self._batch_of_upload: dict[str, str] = {}
         self._loading: dict[str, asyncio.Task[Held]] = {}
-        self._bringing: str | None = None
+        self._bringing: set[str] = set()
         self._followed = FollowedUsers()
         self.keeping = self._followed.keeping
         self._waiting: dict[str, asyncio.Future[Folded]] = {}
@@ -318,6 +318,7 @@ class Tail:
     async def _bring_followed(self, facts: Sequence[Fact | Undecodable]) -> None:
         """Before these facts are taken: bring the batches into memory that followed users do something with."""
         for event in self._followed.named_in(facts):
+            self._bringing.add(event.batch_id)
             if event.batch_id in self._held:
                 continue
             if len(self._held) >= FOLLOWED_HELD_MAX * self._batches_max:
@@ -333,7 +334,6 @@ class Tail:
         """Load a batch as of where its partition was read to; where the rows are ahead of that, from its past."""
         assert self._past is not None
         partition = self._partitions[partition_of(batch_id)]
-        self._bringing = batch_id
         try:
             async with asyncio.timeout(FOLLOWED_LOAD_TIMEOUT_S):
                 snapshot = await self._snapshot(batch_id, partition)
@@ -345,8 +345,6 @@ class Tail:
             self._followed.lose(user_id, str(error) or "the database does not answer")
         else:
             self._take_in(held, partition)
-        finally:
-            self._bringing = None
 
     # Reading on
 
@@ -364,6 +362,7 @@ class Tail:
                 await self._bring_followed(facts)
             for fact in facts:
                 self._take(fact)
+            self._bringing.clear()
             self._conditions.wake()
 
     def _take(self, fact: Fact | Undecodable) -> None:
@@ -456,7 +455,7 @@ class Tail:
         for held in list(self._held.values()):
             if len(self._held) <= self._batches_max:
                 break
-            if held.users == 0 and self._is_projected(held, now_s):
+            if held.users == 0 and held.id not in self._bringing and self._is_projected(held, now_s):
                 del self._held[held.id]
         TAIL_BATCHES_HELD.set(len(self._held))
         TAIL_FACTS_HELD.set(self.unprojected())
@@ -473,7 +472,7 @@ class Tail:
             self._batch_of_upload.pop(partition.queued_order.popleft()[1], None)
         order = partition.kept_order
         while order and order[0][0] < partition.projected:
-            if order[0][1] in self._loading or order[0][1] == self._bringing:
+            if order[0][1] in self._loading or order[0][1] in self._bringing:
                 break
             offset, batch_id = order.popleft()
             kept = self._kept.get(batch_id)

@@ -1,18 +1,19 @@
-"""Who is told what: batches being watched, the clients that watch them, and what waits for each client.
+"""Who is told what: batches and users that are watched, the clients that do, and what waits for each client.
 
 Pure: no socket, no clock (times are passed in), nothing to await; a client's `wake` says that something waits for it.
-Subscriptions are indexed by batch and never scanned, and a frame is encoded by its maker once, so telling one more
-client costs one append. Facts are never dropped: a client whose queue is full is closed, with its last position.
+Subscriptions are indexed by batch and user and never scanned, and a frame is encoded by its maker once, so telling one
+more client costs one append. Facts are never dropped: a client whose queue is full is closed, with its last position.
 Percentages are: of each upload only the latest waits, at most one per `progress_pause_s`, and a fact about the upload
 overtakes it. What was told recently is kept, within `history_bytes_max`, for clients that come back.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Self
 
 TOO_SLOW = 4008
+PACED_UPLOADS_MAX = 1_000
 _REASON_BYTES_MAX = 123
 """What a WebSocket close frame has room for (RFC 6455, section 5.5)."""
 
@@ -25,17 +26,21 @@ class TooManyConnectionsError(Exception):
 class Frame:
     """One message, encoded. `position`: where the log is after it; None for what is no fact.
 
-    `offset`: the fact's own, in the partition of its batch.
+    `partition` and `offset`: the fact's own; `batch_id`: what it is about.
     """
 
     text: str
     size_bytes: int
     position: str | None = None
+    partition: int = 0
     offset: int = -1
+    batch_id: str = ""
 
     @classmethod
-    def of(cls, text: str, *, position: str | None = None, offset: int = -1) -> Self:
-        return cls(text, len(text.encode()), position, offset)
+    def of(
+        cls, text: str, *, position: str | None = None, partition: int = 0, offset: int = -1, batch_id: str = ""
+    ) -> Self:
+        return cls(text, len(text.encode()), position, partition, offset, batch_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,16 @@ class Close:
     def of(cls, code: int, reason: str) -> Self:
         """With as much of the reason as there is room for."""
         return cls(code, reason.encode()[:_REASON_BYTES_MAX].decode(errors="ignore"))
+
+    @classmethod
+    def with_position(cls, code: int, reason: str, position: str | None) -> Self:
+        """With where the client goes on, if it was told and there is room for it."""
+        if position is None:
+            return cls.of(code, reason)
+        whole = f"{reason}, go on with since={position}"
+        return cls.of(
+            code, whole if len(whole) <= _REASON_BYTES_MAX else f"{reason}, go on with the last position you have"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +88,7 @@ class Client:
         "_wake",
         "batches",
         "close",
+        "follows_user",
         "position",
         "queued_bytes",
         "user_id",
@@ -81,6 +97,7 @@ class Client:
     def __init__(self, *, limits: HubLimits, wake: Callable[[], None]) -> None:
         self.user_id: str | None = None
         self.batches: set[str] = set()
+        self.follows_user = False
         self.close: Close | None = None
         self.position: str | None = None
         """That of the last message taken which has one: where a client that is closed goes on from."""
@@ -138,7 +155,7 @@ class Client:
 
     def end_too_slow(self) -> None:
         """Have the connection closed because its client does not keep up."""
-        self.end(Close(TOO_SLOW, _too_slow(self.position)))
+        self.end(Close.with_position(TOO_SLOW, "too slow", self.position))
 
     def end(self, close: Close) -> None:
         """Have the connection closed; the first reason given stays."""
@@ -150,46 +167,56 @@ class Client:
             self._wake()
 
 
-def _too_slow(position: str | None) -> str:
-    reason = f"too slow, go on with since={position}" if position else "too slow"
-    return reason if len(reason) <= _REASON_BYTES_MAX else "too slow, go on with the last position you have"
-
-
 @dataclass(slots=True)
 class _Percentage:
     """The pace of one upload: when it was last told, and what waits until it may be told again."""
 
+    batch_id: str
     told_s: float
     waiting: Frame | None = None
 
 
 @dataclass(slots=True, eq=False)
-class _Watched:
-    """A batch that is watched. `recent` holds every effective fact after offset `floor`; the older ones are gone."""
+class _Topic:
+    """What clients follow: a batch, or a user's batches. `recent` holds every effective fact after the offsets `floor`
+    (by partition); the older ones are gone. `told`: the newest offsets there were."""
 
-    floor: int
+    floor: dict[int, int]
+    told: dict[int, int]
     clients: set[Client] = field(default_factory=set)
     recent: deque[Frame] = field(default_factory=deque)
     percentages: dict[str, _Percentage] = field(default_factory=dict)
+
+    def missed(self, after: Mapping[int, int]) -> list[Frame] | None:
+        """The facts after these offsets; None where that is not all at hand."""
+        if any(after.get(partition, -1) < floor for partition, floor in self.floor.items()):
+            return None
+        return [frame for frame in self.recent if frame.offset > after[frame.partition]]
 
 
 class Hub:
     """The fan-out of one notifier.
 
-    A batch is watched from `watch` to `forget`; in between clients come and go, and `tell` is given each of its
-    effective facts once, in log order.
+    A batch is watched from `watch` to `forget`, a user from `watch_user` to `forget_user`; in between clients come and
+    go, and `tell` is given each of their effective facts once, in log order.
     """
 
     def __init__(self, limits: HubLimits) -> None:
         self._limits = limits
         self._clients: set[Client] = set()
         self._of_user: dict[str, int] = {}
-        self._watched: dict[str, _Watched] = {}
-        self._history: deque[_Watched] = deque()
+        self._watched: dict[str, _Topic] = {}
+        self._users: dict[str, _Topic] = {}
+        self._history: deque[_Topic] = deque()
         """One entry for each frame in a `recent`, oldest first: who gives up a frame next."""
         self._history_bytes = 0
-        self._paced: set[tuple[str, str]] = set()
-        """Batch and upload of each percentage that waits for its time."""
+        self._paced: set[tuple[_Topic, str]] = set()
+        """Topic and upload of each percentage that waits for its time."""
+
+    @property
+    def replay_bytes_max(self) -> int:
+        """How much a client may be told at once of what it missed: half of what may wait for it."""
+        return self._limits.client_bytes_max // 2
 
     def connect(self, *, wake: Callable[[], None]) -> Client:
         """Take one more client, whose user is not known yet. Raises TooManyConnectionsError."""
@@ -211,15 +238,18 @@ class Hub:
         """Forget a client; the batches that nobody watches any more."""
         self._clients.remove(client)
         if client.user_id is not None:
+            self.unsubscribe_user(client)
             self._of_user[client.user_id] -= 1
             if not self._of_user[client.user_id]:
                 del self._of_user[client.user_id]
         return [batch_id for batch_id in list(client.batches) if self.unsubscribe(client, batch_id)]
 
-    def watch(self, batch_id: str, *, floor: int) -> None:
+    # Batches
+
+    def watch(self, batch_id: str, *, floor: int, partition: int = 0) -> None:
         """Begin to keep what is told of this batch. `floor`: the offset of its newest effective fact."""
         assert batch_id not in self._watched, f"batch {batch_id} is watched already"
-        self._watched[batch_id] = _Watched(floor)
+        self._watched[batch_id] = _Topic({partition: floor}, {partition: floor})
 
     def watches(self, batch_id: str) -> bool:
         return batch_id in self._watched
@@ -230,10 +260,10 @@ class Hub:
 
     def forget(self, batch_id: str) -> None:
         """End the watch and with it the subscriptions that are left; what was kept ages out of the history."""
-        watched = self._watched.pop(batch_id)
-        for client in watched.clients:
+        topic = self._watched.pop(batch_id)
+        for client in topic.clients:
             client.batches.discard(batch_id)
-        self._paced -= {(batch_id, upload_id) for upload_id in watched.percentages}
+        self._forget_percentages(topic)
 
     def subscribe(self, client: Client, batch_id: str) -> None:
         """Tell this client every fact of this watched batch from now on, once however often it asks."""
@@ -243,69 +273,151 @@ class Hub:
     def unsubscribe(self, client: Client, batch_id: str) -> bool:
         """Tell it no more; whether that was the batch's last client."""
         client.batches.discard(batch_id)
-        watched = self._watched.get(batch_id)
-        if watched is None or client not in watched.clients:
+        topic = self._watched.get(batch_id)
+        if topic is None or client not in topic.clients:
             return False
-        watched.clients.remove(client)
-        return not watched.clients
+        topic.clients.remove(client)
+        return not topic.clients
 
     def missed(self, client: Client, batch_id: str, *, after: int) -> list[Frame] | None:
         """What this client has not been told of a watched batch since offset `after`; None where that is not all
-        at hand. One that is subscribed already has been told all."""
-        if batch_id in client.batches:
+        at hand. One that is subscribed already, to the batch or to all of its user, has been told all."""
+        if batch_id in client.batches or client.follows_user:
             return []
-        watched = self._watched[batch_id]
-        if after < watched.floor:
-            return None
-        return [frame for frame in watched.recent if frame.offset > after]
+        topic = self._watched[batch_id]
+        return topic.missed(dict.fromkeys(topic.floor, after))
 
-    def tell(self, batch_id: str, frame: Frame, *, upload_id: str | None) -> None:
-        """Queue an effective fact for all who watch its batch. `upload_id`: the upload it is about, None for all."""
-        watched = self._watched[batch_id]
-        for outdated_id in [upload_id] if upload_id else watched.percentages:
-            self._outdate(watched, batch_id, outdated_id)
-        for client in watched.clients:
-            client.put(frame)
-        self._remember(watched, frame)
+    # Users
 
-    def tell_percentage(self, batch_id: str, upload_id: str, frame: Frame, *, now_s: float) -> None:
+    def watch_user(self, user_id: str, *, floor: Mapping[int, int]) -> None:
+        """Begin to keep what is told of this user's batches. `floor`: the offset up to which the log was read, for
+        each partition; facts up to there are not told any more."""
+        assert user_id not in self._users, f"{user_id} is watched already"
+        self._users[user_id] = _Topic(dict(floor), dict(floor))
+
+    def watches_user(self, user_id: str) -> bool:
+        return user_id in self._users
+
+    def user_watched_by(self, user_id: str) -> int:
+        """How many clients follow all batches of the user."""
+        return len(self._users[user_id].clients)
+
+    def forget_user(self, user_id: str) -> set[Client]:
+        """End the watch; the clients that were still subscribed."""
+        topic = self._users.pop(user_id)
+        for client in topic.clients:
+            client.follows_user = False
+        self._forget_percentages(topic)
+        return topic.clients
+
+    def subscribe_user(self, client: Client) -> None:
+        """Tell this client every fact of its user's batches from now on."""
+        assert client.user_id is not None
+        self._users[client.user_id].clients.add(client)
+        client.follows_user = True
+
+    def unsubscribe_user(self, client: Client) -> bool:
+        """Tell it no more; whether that was the user's last client."""
+        client.follows_user = False
+        topic = self._users.get(client.user_id or "")
+        if topic is None or client not in topic.clients:
+            return False
+        topic.clients.remove(client)
+        return not topic.clients
+
+    def missed_of_user(self, client: Client, *, after: Mapping[int, int]) -> list[Frame] | None:
+        """What this client has not been told of its user's batches since these offsets; None where that is not all
+        at hand. Of the batches it follows it has been told all."""
+        assert client.user_id is not None
+        if client.follows_user:
+            return []
+        missed = self._users[client.user_id].missed(after)
+        return None if missed is None else [frame for frame in missed if frame.batch_id not in client.batches]
+
+    # Facts and percentages
+
+    def tell(self, batch_id: str, frame: Frame, *, upload_id: str | None, user_id: str | None = None) -> None:
+        """Queue an effective fact for all who watch its batch, or all batches of its user. `upload_id`: the upload it
+        is about, None for all."""
+        batch, user = self._topics(batch_id, user_id)
+        if batch is not None:
+            self._tell(batch, frame, batch_id, upload_id, told=())
+        if user is not None and frame.offset > user.told.get(frame.partition, -1):
+            self._tell(user, frame, batch_id, upload_id, told=batch.clients if batch is not None else ())
+
+    def _tell(
+        self, topic: _Topic, frame: Frame, batch_id: str, upload_id: str | None, *, told: Collection[Client]
+    ) -> None:
+        outdated = (
+            [upload_id] if upload_id else [u for u, pace in topic.percentages.items() if pace.batch_id == batch_id]
+        )
+        for outdated_id in outdated:
+            self._outdate(topic, outdated_id)
+        for client in topic.clients:
+            if client not in told:
+                client.put(frame)
+        topic.told[frame.partition] = frame.offset
+        self._remember(topic, frame)
+
+    def tell_percentage(
+        self, batch_id: str, upload_id: str, frame: Frame, *, now_s: float, user_id: str | None = None
+    ) -> None:
         """Queue how far an upload is, or let it wait (see `tell_due`) where the last one is not long enough ago."""
-        watched = self._watched[batch_id]
-        pace = watched.percentages.get(upload_id)
+        for topic in self._topics(batch_id, user_id):
+            if topic is not None:
+                self._tell_percentage(topic, batch_id, upload_id, frame, now_s=now_s)
+
+    def _tell_percentage(self, topic: _Topic, batch_id: str, upload_id: str, frame: Frame, *, now_s: float) -> None:
+        pace = topic.percentages.get(upload_id)
         if pace is not None and now_s < pace.told_s + self._limits.progress_pause_s:
             pace.waiting = frame
-            self._paced.add((batch_id, upload_id))
+            self._paced.add((topic, upload_id))
             return
-        watched.percentages[upload_id] = _Percentage(told_s=now_s)
-        self._paced.discard((batch_id, upload_id))
-        for client in watched.clients:
-            client.put_percentage(upload_id, frame)
+        if len(topic.percentages) >= PACED_UPLOADS_MAX:
+            self._prune(topic, now_s)
+        topic.percentages[upload_id] = _Percentage(batch_id, told_s=now_s)
+        self._paced.discard((topic, upload_id))
+        batch = self._watched.get(batch_id)
+        for client in topic.clients:
+            if topic is batch or batch is None or client not in batch.clients:
+                client.put_percentage(upload_id, frame)
 
     def tell_due(self, *, now_s: float) -> bool:
         """Queue the percentages whose time has come; whether others still wait for theirs."""
-        for batch_id, upload_id in list(self._paced):
-            pace = self._watched[batch_id].percentages[upload_id]
+        for topic, upload_id in list(self._paced):
+            pace = topic.percentages[upload_id]
             assert pace.waiting is not None
             if now_s >= pace.told_s + self._limits.progress_pause_s:
-                self.tell_percentage(batch_id, upload_id, pace.waiting, now_s=now_s)
+                self._tell_percentage(topic, pace.batch_id, upload_id, pace.waiting, now_s=now_s)
         return bool(self._paced)
 
-    def _outdate(self, watched: _Watched, batch_id: str, upload_id: str) -> None:
+    def _topics(self, batch_id: str, user_id: str | None) -> tuple[_Topic | None, _Topic | None]:
+        return self._watched.get(batch_id), self._users.get(user_id) if user_id is not None else None
+
+    def _outdate(self, topic: _Topic, upload_id: str) -> None:
         """A fact overtook the percentages of this upload; its pace goes on."""
-        pace = watched.percentages.get(upload_id)
+        pace = topic.percentages.get(upload_id)
         if pace is None:
             return
         pace.waiting = None
-        self._paced.discard((batch_id, upload_id))
-        for client in watched.clients:
+        self._paced.discard((topic, upload_id))
+        for client in topic.clients:
             client.forget_percentage(upload_id)
 
-    def _remember(self, watched: _Watched, frame: Frame) -> None:
-        watched.recent.append(frame)
-        self._history.append(watched)
+    def _prune(self, topic: _Topic, now_s: float) -> None:
+        """Forget the paces that hold nothing back any more: a user's uploads come and go without an end."""
+        old_s = now_s - self._limits.progress_pause_s
+        topic.percentages = {u: pace for u, pace in topic.percentages.items() if pace.waiting or pace.told_s > old_s}
+
+    def _forget_percentages(self, topic: _Topic) -> None:
+        self._paced -= {(topic, upload_id) for upload_id in topic.percentages}
+
+    def _remember(self, topic: _Topic, frame: Frame) -> None:
+        topic.recent.append(frame)
+        self._history.append(topic)
         self._history_bytes += frame.size_bytes
         while self._history_bytes > self._limits.history_bytes_max:
             oldest = self._history.popleft()
             dropped = oldest.recent.popleft()
-            oldest.floor = dropped.offset
+            oldest.floor[dropped.partition] = dropped.offset
             self._history_bytes -= dropped.size_bytes

@@ -7,20 +7,27 @@ on. Told to stop, it takes no new clients and sends those it has away with 1012,
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
 
-from services.auth import authenticate
+from services.auth import Authenticator
+from services.history import History, Past
 from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.notifier.followings import Followings
 from services.notifier.hub import Hub, HubLimits
-from services.notifier.sessions import CLIENT_MESSAGE_BYTES_MAX, Connection, Parts, Sessions
+from services.notifier.origins import Origins
+from services.notifier.replays import Replays
+from services.notifier.sessions import CLIENT_MESSAGE_BYTES_MAX, Connection, HttpConnection, Parts, Sessions
+from services.notifier.streams import Streaming
 from services.notifier.subscriptions import Subscriptions
 from services.notifier.watches import Watches
 from services.observability import configure_logging, logger
-from services.opening import Stores, open_stores
+from services.opening import Stores, open_authenticator, open_stores
 from services.serving import health_routes, serving
 from services.settings import Settings, load
 from services.tail import Tail
@@ -37,7 +44,7 @@ def run() -> None:
 
 
 async def main() -> None:
-    settings = load(needs=("jwt_secret",))
+    settings = load(needs=("jwt_secret|jwks_url",))
     configure_logging(service="notifier", log_format=settings.log_format, log_level=settings.log_level)
     stop, ready = asyncio.Event(), asyncio.Event()
     with stop_signals(stop):
@@ -64,6 +71,7 @@ class Notifier:
     port: int
     tail: Tail
     watches: Watches
+    followings: Followings
     relay: asyncio.Task[None]
 
     async def until(self, stop: asyncio.Event) -> None:
@@ -83,29 +91,33 @@ async def notifying(settings: Settings) -> AsyncIterator[Notifier]:
     """A notifier that is ready, until the block is left."""
     async with contextlib.AsyncExitStack() as stack:
         stores = await stack.enter_async_context(open_stores(settings, service="notifier"))
+        authenticator = await stack.enter_async_context(open_authenticator(settings))
         async with stopwatch("tail caught up"):
-            tail = await stack.enter_async_context(_tail(settings, stores))
+            past = Past(log=stores.log, log_id=stores.log_id, database=stores.database)
+            tail = await stack.enter_async_context(_tail(settings, stores, past))
             await tail.caught_up()
         hub = Hub(_limits(settings))
         watches = await stack.enter_async_context(Watches.open(tail=tail, hub=hub))
+        followings = await stack.enter_async_context(Followings.open(tail=tail, hub=hub, database=stores.database))
+        replays = Replays(tail, History(past=past, tail=tail), stores.database)
         progress = stores.log.progress_reader(range(settings.partitions))
         stack.push_async_callback(progress.close)
         relay = asyncio.create_task(watches.relay_progress(progress), name="relay_progress")
         stack.push_async_callback(cancelled, relay)
         parts = Parts(
             hub=hub,
-            subscriptions=Subscriptions(tail, hub, watches),
-            authenticate=functools.partial(authenticate, settings=settings),
+            subscriptions=Subscriptions(tail, hub, watches, followings, replays),
+            authenticate=functools.partial(authenticator.authenticate, scope="read"),
             heartbeat_s=settings.heartbeat_s,
         )
         sessions = Sessions(parts)
-        port = await stack.enter_async_context(_served(settings, sessions, tail))
+        port = await stack.enter_async_context(_served(settings, sessions, authenticator, tail))
         await stack.enter_async_context(closing("clients sent away", sessions.close, timeout_s=settings.stop_timeout_s))
         _log.info("notifier_ready", position=str(tail.position()))
-        yield Notifier(port=port, tail=tail, watches=watches, relay=relay)
+        yield Notifier(port=port, tail=tail, watches=watches, followings=followings, relay=relay)
 
 
-def _tail(settings: Settings, stores: Stores) -> contextlib.AbstractAsyncContextManager[Tail]:
+def _tail(settings: Settings, stores: Stores, past: Past) -> contextlib.AbstractAsyncContextManager[Tail]:
     return Tail.open(
         log=stores.log,
         database=stores.database,
@@ -113,6 +125,7 @@ def _tail(settings: Settings, stores: Stores) -> contextlib.AbstractAsyncContext
         partitions=settings.partitions,
         facts_max=settings.tail_facts_max,
         batches_max=settings.tail_batches_max,
+        past=past.before,
     )
 
 
@@ -126,16 +139,37 @@ def _limits(settings: Settings) -> HubLimits:
     )
 
 
-def _served(settings: Settings, sessions: Sessions, tail: Tail) -> contextlib.AbstractAsyncContextManager[int]:
-    def problems() -> list[str]:
-        return [*tail.problems(), *(["the notifier is stopping"] if sessions.stopping else [])]
+def _streamed(sessions: Sessions) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint of server-sent events."""
 
-    routes = [*health_routes(problems), WebSocketRoute("/v1/ws", sessions.serve)]
+    async def stream(request: Request) -> Response:
+        return Streaming(request, sessions)
+
+    return stream
+
+
+def _served(
+    settings: Settings, sessions: Sessions, authenticator: Authenticator, tail: Tail
+) -> contextlib.AbstractAsyncContextManager[int]:
+    def problems() -> list[str]:
+        return [
+            *tail.problems(),
+            *authenticator.problems(),
+            *(["the notifier is stopping"] if sessions.stopping else []),
+        ]
+
+    routes = [
+        *health_routes(problems),
+        WebSocketRoute("/v1/ws", sessions.serve),
+        Route("/v1/stream", _streamed(sessions)),
+        Route("/v1/stream/batches/{batch_id}", _streamed(sessions)),
+    ]
     return serving(
-        Starlette(routes=routes),
+        Origins(Starlette(routes=routes), origins=settings.origins),
         host=settings.host,
         port=settings.notifier_port,
         stop_timeout_s=settings.stop_timeout_s,
+        http=HttpConnection,
         ws=Connection,
         ws_max_size=CLIENT_MESSAGE_BYTES_MAX,
         ws_ping_interval=settings.heartbeat_s,

@@ -100,6 +100,18 @@ def resumed(*, batch_id: str, position: Position) -> str:
     return _text({"type": "subscribed", "batch_id": batch_id, "position": str(position), "recovered": True})
 
 
+def user_snapshot(batches: Sequence[Batch], *, truncated: bool, log_id: str, position: Position) -> str:
+    """The answer to a subscription to all batches: these as they are at `position`; `truncated`: there are more."""
+    views = [BatchView.of_log(batch, log_id=log_id).model_dump(mode="json") for batch in batches]
+    said = {"type": "subscribed", "user": True, "position": str(position), "batches": views}
+    return _text({**said, "truncated": truncated, "recovered": False})
+
+
+def user_resumed(*, position: Position) -> str:
+    """The answer to a subscription to all batches that goes on where it ended."""
+    return _text({"type": "subscribed", "user": True, "position": str(position), "recovered": True})
+
+
 def unsubscribed(wish: Unsubscribe) -> str:
     topic = {"user": True} if wish.user else {"batch_id": wish.batch_id}
     return _text({"type": "unsubscribed", **topic})

@@ -8,12 +8,13 @@ end is closed within `CLOSE_TIMEOUT_S`, or cut where its client takes nothing. C
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, assert_never
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from schemas.errors import Code, RequestError
@@ -47,9 +48,17 @@ class CloseCode(IntEnum):
     TOO_MANY = 4009
 
 
+class HttpConnection(HttpToolsProtocol):
+    """uvicorn's HTTP connection, which also tells a stream how to cut it off where its client takes nothing."""
+
+    def on_headers_complete(self) -> None:
+        self.scope["state"]["cut"] = self.transport.abort
+        super().on_headers_complete()
+
+
 class Connection(WebSocketsSansIOProtocol):
-    """uvicorn's connection, which also tells the session how to cut it off, and is cut off when a ping stays without
-    answer. uvicorn closes instead; but a close frame waits behind what the client has not read, perhaps for ever."""
+    """uvicorn's WebSocket connection, which also tells the session how to cut it off, and is cut off when a ping stays
+    without answer. uvicorn closes instead; but a close frame waits behind what is not read, perhaps for ever."""
 
     async def run_asgi(self) -> None:
         self.scope["state"]["cut"] = self.transport.abort
@@ -65,8 +74,41 @@ class Parts:
 
     hub: Hub
     subscriptions: Subscriptions
-    authenticate: Callable[[str], Principal]
+    authenticate: Callable[[str], Awaitable[Principal]]
     heartbeat_s: float
+
+
+class Connected:
+    """What every connection has, whatever its skin: a client of the hub, and a reason once it must end."""
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.client: Client | None = None
+        self.woken = asyncio.Event()
+        self.close: asyncio.Future[Close] = asyncio.get_running_loop().create_future()
+        self._expiry: asyncio.TimerHandle | None = None
+
+    def end(self, close: Close) -> None:
+        """Have the connection closed; the first reason given stays."""
+        if not self.close.done():
+            self.close.set_result(close)
+
+    def wake(self) -> None:
+        """Something waits for the client, or it must end."""
+        if self.client is not None and self.client.close is not None:
+            self.end(self.client.close)
+        self.woken.set()
+
+    def end_with_token(self, expires_at_s: float | None) -> None:
+        """End it when the token does, unless this is called with a newer one before."""
+        self.forget_expiry()
+        left_s = CONNECTED_S_MAX if expires_at_s is None else min(CONNECTED_S_MAX, expires_at_s - time.time())
+        expired = Close.of(CloseCode.UNAUTHORIZED, "the token has expired: come back with a new one and `since`")
+        self._expiry = asyncio.get_running_loop().call_later(max(0.0, left_s), self.end, expired)
+
+    def forget_expiry(self) -> None:
+        if self._expiry is not None:
+            self._expiry.cancel()
 
 
 class Sessions:
@@ -74,23 +116,29 @@ class Sessions:
 
     def __init__(self, parts: Parts) -> None:
         self.stopping = False
-        self._parts = parts
-        self._open: dict[Session, asyncio.Task[None]] = {}
+        self.parts = parts
+        self._open: dict[Connected, asyncio.Task[None]] = {}
+
+    @contextlib.contextmanager
+    def counted(self, connected: Connected) -> Iterator[None]:
+        """Know of this connection, which the current task serves, as long as the block lasts."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._open[connected] = task
+        CLIENTS.set(len(self._open))
+        if self.stopping:
+            connected.end(RESTARTING)
+        try:
+            yield
+        finally:
+            del self._open[connected]
+            CLIENTS.set(len(self._open))
 
     async def serve(self, websocket: WebSocket) -> None:
         """Talk with one client until the connection ends."""
-        session = Session(websocket, self._parts)
-        task = asyncio.current_task()
-        assert task is not None
-        self._open[session] = task
-        CLIENTS.set(len(self._open))
-        if self.stopping:
-            session.end(_restarting())
-        try:
+        session = Session(websocket, self.parts)
+        with self.counted(session):
             await session.run()
-        finally:
-            del self._open[session]
-            CLIENTS.set(len(self._open))
 
     async def close(self) -> None:
         """Send every client away, not all at the same moment: they come back to another notifier, or to the next."""
@@ -99,52 +147,42 @@ class Sessions:
         ending = dict(self._open)
         for number, session in enumerate(ending):
             delay_s = min(number / RESTARTS_PER_S, number / len(ending) * RESTART_SPREAD_S_MAX)
-            loop.call_later(delay_s, session.end, _restarting())
+            loop.call_later(delay_s, session.end, RESTARTING)
         if ending:
             await asyncio.wait(ending.values())
-        _log.info("clients_sent_away", clients=len(ending), position=str(self._parts.subscriptions.tail.position()))
+        _log.info("clients_sent_away", clients=len(ending), position=str(self.parts.subscriptions.tail.position()))
 
 
-class Session:
-    """One connection."""
+class Session(Connected):
+    """One WebSocket."""
 
     def __init__(self, websocket: WebSocket, parts: Parts) -> None:
+        super().__init__(parts)
         self._websocket = websocket
-        self._parts = parts
-        self._client: Client | None = None
-        self._woken = asyncio.Event()
-        self._close: asyncio.Future[Close] = asyncio.get_running_loop().create_future()
-        self._expiry: asyncio.TimerHandle | None = None
-
-    def end(self, close: Close) -> None:
-        """Have the connection closed; the first reason given stays."""
-        if not self._close.done():
-            self._close.set_result(close)
 
     async def run(self) -> None:
         """Accept the connection and talk until one of the two ends it."""
         with contextlib.suppress(WebSocketDisconnect):
             await self._websocket.accept()
             await self._talk()
-            if self._close.done():
-                await self._say_goodbye(self._close.result())
+            if self.close.done():
+                await self._say_goodbye(self.close.result())
 
     async def _talk(self) -> None:
         try:
-            self._client = self._parts.hub.connect(wake=self._wake)
+            self.client = self.parts.hub.connect(wake=self.wake)
         except TooManyConnectionsError as error:
             self.end(Close.of(CloseCode.TOO_MANY, str(error)))
             return
-        hearing = asyncio.create_task(self._hear(self._client), name="hear")
-        sending = asyncio.create_task(self._send(self._client), name="send")
+        hearing = asyncio.create_task(self._hear(self.client), name="hear")
+        sending = asyncio.create_task(self._send(self.client), name="send")
         try:
-            ending: set[asyncio.Future[Any]] = {hearing, sending, self._close}
+            ending: set[asyncio.Future[Any]] = {hearing, sending, self.close}
             await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await cancelled(hearing, sending)
-            if self._expiry is not None:
-                self._expiry.cancel()
-            self._parts.subscriptions.end_all(self._client)
+            self.forget_expiry()
+            self.parts.subscriptions.end_all(self.client)
         for task in (hearing, sending):
             if not task.cancelled():
                 task.result()
@@ -163,16 +201,10 @@ class Session:
 
     # Sending
 
-    def _wake(self) -> None:
-        assert self._client is not None
-        if self._client.close is not None:
-            self.end(self._client.close)
-        self._woken.set()
-
     async def _send(self, client: Client) -> None:
         while True:
-            await self._woken.wait()
-            self._woken.clear()
+            await self.woken.wait()
+            self.woken.clear()
             while frames := client.take(bytes_max=FRAME_BYTES_MAX):
                 text = messages.joined([frame.text for frame in frames])
                 try:
@@ -205,12 +237,12 @@ class Session:
         rest: list[str] = []
         try:
             if scheme:
-                principal = self._parts.authenticate(token if scheme.lower() == "bearer" else "")
+                principal = await self.parts.authenticate(token if scheme.lower() == "bearer" else "")
             else:
                 async with asyncio.timeout(AUTH_TIMEOUT_S):
                     first, *rest = await self._receive() or [""]
-                principal = self._parts.authenticate(_token_of(first))
-            self._parts.hub.identify(client, principal.user_id)
+                principal = await self.parts.authenticate(_token_of(first))
+            self.parts.hub.identify(client, principal.user_id)
         except TimeoutError:
             self.end(Close.of(CloseCode.UNAUTHORIZED, f"no token within {AUTH_TIMEOUT_S:g} s"))
             return False
@@ -226,19 +258,12 @@ class Session:
         return True
 
     def _greet(self, client: Client, principal: Principal) -> None:
-        self._end_with_token(principal.expires_at_s)
-        parts = self._parts
+        self.end_with_token(principal.expires_at_s)
+        parts = self.parts
         ready = messages.ready(
             user_id=principal.user_id, heartbeat_s=parts.heartbeat_s, position=parts.subscriptions.tail.position()
         )
         client.put(Frame.of(ready))
-
-    def _end_with_token(self, expires_at_s: float | None) -> None:
-        if self._expiry is not None:
-            self._expiry.cancel()
-        left_s = CONNECTED_S_MAX if expires_at_s is None else min(CONNECTED_S_MAX, expires_at_s - time.time())
-        expired = Close.of(CloseCode.UNAUTHORIZED, "the token has expired: come back with a new one and `since`")
-        self._expiry = asyncio.get_running_loop().call_later(max(0.0, left_s), self.end, expired)
 
     async def _answer(self, client: Client, text: str) -> None:
         batch_id: str | None = None
@@ -247,11 +272,11 @@ class Session:
             batch_id = getattr(message, "batch_id", None)
             match message:
                 case messages.Auth():
-                    self._renew(client, message)
+                    await self._renew(client, message)
                 case messages.Subscribe():
-                    await self._parts.subscriptions.begin(client, message)
+                    await self.parts.subscriptions.begin(client, message)
                 case messages.Unsubscribe():
-                    self._parts.subscriptions.end(client, message)
+                    self.parts.subscriptions.end(client, message)
                 case messages.Ping():
                     client.put(Frame.of(messages.pong()))
                 case _:
@@ -262,9 +287,9 @@ class Session:
             refusal = RequestError(Code.DATABASE_UNAVAILABLE, f"The batch cannot be looked up now: {error}")
             client.put(Frame.of(messages.error(refusal, batch_id=batch_id)))
 
-    def _renew(self, client: Client, message: messages.Auth) -> None:
+    async def _renew(self, client: Client, message: messages.Auth) -> None:
         """A client that is known may bring a newer token of the same user."""
-        principal = self._parts.authenticate(message.token)
+        principal = await self.parts.authenticate(message.token)
         if principal.user_id != client.user_id:
             raise RequestError(Code.UNAUTHORIZED, "This connection belongs to another user: open one of your own")
         self._greet(client, principal)
@@ -278,5 +303,4 @@ def _token_of(text: str) -> str:
     return message.token
 
 
-def _restarting() -> Close:
-    return Close.of(CloseCode.RESTARTING, "restarting: come back with `since`")
+RESTARTING = Close.of(CloseCode.RESTARTING, "restarting: come back with `since`")

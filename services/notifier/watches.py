@@ -120,7 +120,7 @@ class Watches:
                     del self._watches[batch_id]
                     watch.held.set_result(None)
                     return
-                self._hub.watch(batch_id, floor=held.batch.offset)
+                self._hub.watch(batch_id, floor=held.batch.offset, partition=held.batch.partition)
                 watch.held.set_result(held)
                 await watch.over.wait()
         except Exception as error:  # noqa: BLE001  # it belongs to those who asked for the batch
@@ -140,26 +140,31 @@ class Watches:
         watch.over.set()
 
     def _tell(self, folded: Folded) -> None:
-        batch_id = folded.fact.batch_id
-        if batch_id is None or not isinstance(folded.outcome, Changed) or not self._hub.watches(batch_id):
+        fact, batch = folded.fact, folded.batch
+        if batch is None or not isinstance(folded.outcome, Changed):
             return
-        text = messages.event(folded.fact, time_ms=folded.time_ms, position=folded.position, batch=folded.outcome.batch)
-        frame = Frame.of(text, position=str(folded.position), offset=folded.fact.offset)
-        self._hub.tell(batch_id, frame, upload_id=folded.fact.upload_id)
-        if folded.outcome.swept == "deleted":
-            self._end(batch_id)
+        if not (self._hub.watches(batch.id) or self._hub.watches_user(batch.user_id)):
+            return
+        text = messages.event(fact, time_ms=folded.time_ms, position=folded.position, batch=batch)
+        frame = Frame.of(
+            text, position=str(folded.position), partition=fact.partition, offset=fact.offset, batch_id=batch.id
+        )
+        self._hub.tell(batch.id, frame, upload_id=fact.upload_id, user_id=batch.user_id)
+        if folded.outcome.swept == "deleted" and self._hub.watches(batch.id):
+            self._end(batch.id)
 
     def _tell_progress(self, record: StoredRecord, *, now_s: float) -> None:
         told = decode_progress(record)
-        if told is not None and self._in_work(told):
+        held = self._tail.peek(told.batch_id) if told is not None else None
+        if told is None or held is None or held.batch is None or not _in_work(held, told):
+            return
+        user_id = held.batch.user_id
+        if self._hub.watches(told.batch_id) or self._hub.watches_user(user_id):
             frame = Frame.of(messages.progress(told))
-            self._hub.tell_percentage(told.batch_id, told.upload_id, frame, now_s=now_s)
+            self._hub.tell_percentage(told.batch_id, told.upload_id, frame, now_s=now_s, user_id=user_id)
 
-    def _in_work(self, told: UploadProgressed) -> bool:
-        """Whether it is about a watched batch and the attempt that is in work there, as far as the log was read."""
-        watch = self._watches.get(told.batch_id)
-        if watch is None or not watch.held.done() or not self._hub.watches(told.batch_id):
-            return False
-        held = watch.held.result()
-        upload = held.uploads.get(told.upload_id) if held is not None else None
-        return upload is not None and upload.status == "processing" and upload.attempts == told.attempt
+
+def _in_work(held: Held, told: UploadProgressed) -> bool:
+    """Whether it is about the attempt that is in work, as far as the log was read."""
+    upload = held.uploads.get(told.upload_id)
+    return upload is not None and upload.status == "processing" and upload.attempts == told.attempt

@@ -1,8 +1,4 @@
-"""The notifier as its clients meet it: real WebSockets, on real Kafka and Postgres.
-
-Nobody projects the log here unless a test says so: the facts are appended as api and processor would, and the
-notifier's tail keeps them all. `Scene` is one notifier and the log it reads; `Watcher` one client of it.
-"""
+"""The notifier as its clients meet it, one batch at a time: real WebSockets, on real Kafka and Postgres."""
 
 import asyncio
 import contextlib
@@ -11,25 +7,17 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client import REGISTRY
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed
 
-from schemas.events import Envelope, LogEvent, UploadProgressed, encode
-from schemas.ids import new_id
 from schemas.position import Position
-from services.auth import make_token
 from services.database import Database, DatabaseUnavailable
-from services.eventlog import EventLog, Log, LogSettings, LogWriter
-from services.lifecycle import cancelled
-from services.notifier import messages, sessions, subscriptions
+from services.notifier import messages, replays, sessions, subscriptions
 from services.notifier.main import notifying
-from services.processor.projection import Projection
 from services.settings import Settings
 from tests.examples import (
     BATCH,
@@ -50,134 +38,30 @@ from tests.examples import (
     an_upload_started,
     an_upload_succeeded,
 )
-
-SECRET = "a secret of tests, at least thirty-two bytes long"
-SOON_S = 15.0
-
-
-class Watcher:
-    """A client: what it was told, message by message."""
-
-    def __init__(self, socket: ClientConnection) -> None:
-        self.socket = socket
-        self._unread: list[dict[str, Any]] = []
-        self.frames: list[str] = []
-
-    async def say(self, *messages: dict[str, Any]) -> None:
-        await self.socket.send("\n".join(json.dumps(message) for message in messages))
-
-    async def hear(self) -> dict[str, Any]:
-        """The next message."""
-        async with asyncio.timeout(SOON_S):
-            while not self._unread:
-                frame = await self.socket.recv()
-                assert isinstance(frame, str)
-                self.frames.append(frame)
-                self._unread = [json.loads(line) for line in frame.split("\n")]
-        return self._unread.pop(0)
-
-    async def hear_until(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-        """All messages up to the first one that is wanted."""
-        heard = [await self.hear()]
-        while not wanted(heard[-1]):
-            heard.append(await self.hear())
-        return heard
-
-    async def hear_to(self, position: Position) -> list[dict[str, Any]]:
-        """All messages up to the fact at this position."""
-        return await self.hear_until(lambda message: message.get("position") == str(position))
-
-    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        await self.say(message)
-        return await self.hear()
-
-    async def subscribe(self, batch_id: str = BATCH, **more: Any) -> dict[str, Any]:
-        return await self.ask({"type": "subscribe", "batch_id": batch_id, **more})
-
-    async def silence(self) -> None:
-        """Nothing waits for us: the answer to a ping comes first."""
-        assert await self.ask({"type": "ping"}) == {"type": "pong"}
-
-    async def closed(self) -> tuple[int, str]:
-        """How the connection is closed: code and reason; what comes before is passed over."""
-        with contextlib.suppress(ConnectionClosed):
-            async with asyncio.timeout(SOON_S):
-                while True:
-                    await self.socket.recv()
-        assert self.socket.close_code is not None
-        return self.socket.close_code, self.socket.close_reason or ""
-
-
-class Scene:
-    """A log with its first records, and a notifier that reads it on `port`."""
-
-    def __init__(self, settings: Settings, log: Log, writer: LogWriter, log_id: str) -> None:
-        self.settings = settings
-        self.log = log
-        self.log_id = log_id
-        self.port = 0
-        self.epoch = 0
-        self._writer = writer
-        self._stack = contextlib.AsyncExitStack()
-
-    async def append(self, *events: LogEvent) -> Position:
-        """Append the events as one group; the position of the last one."""
-        records = [encode(event, an_envelope()) for event in events]
-        first = await self._writer.append(0, records, timeout_s=10)
-        return Position.of(self.log_id, {0: first + len(events) - 1})
-
-    def progress(self, event: UploadProgressed) -> None:
-        self.log.publish_progress(0, encode(event, an_envelope()))
-
-    @contextlib.asynccontextmanager
-    async def connected(self, user: str | None = USER, **options: Any) -> AsyncIterator[Watcher]:
-        """A client that is authenticated as the user, or not at all for None."""
-        async with connect(f"ws://127.0.0.1:{self.port}/v1/ws", **options) as socket:
-            watcher = Watcher(socket)
-            if user is not None:
-                ready = await watcher.ask({"type": "auth", "token": a_token(user)})
-                assert ready["type"] == "ready"
-            yield watcher
-
-
-def an_envelope() -> Envelope:
-    return Envelope(id=new_id(now_ms=0, random=os.urandom(9)), source="/sluice/tests", time="2026-01-01T12:00:00Z")
-
-
-def a_token(user: str = USER, *, ttl_s: float | None = 3600, secret: str = SECRET) -> str:
-    return make_token(user, secret, ttl_s=ttl_s)
+from tests.notifiers import (
+    SECRET,
+    Scene,
+    Watcher,
+    a_free_port,
+    a_quiet_scene,
+    a_token,
+    following_projection,
+    offset_of,
+    settings_for,
+    types_of,
+    until,
+)
 
 
 @pytest.fixture
 def settings(kafka: str, database_url: str, unique: str) -> Settings:
-    return Settings(
-        kafka_bootstrap_servers=kafka,
-        database_url=database_url,
-        log_topic=f"{unique}.events",
-        progress_topic=f"{unique}.progress",
-        jwt_secret=SECRET,
-        notifier_port=0,
-        client_bytes_max=1_000_000,
-        clients_per_user_max=20,
-        stop_timeout_s=5,
-    )
+    return settings_for(kafka=kafka, database_url=database_url, unique=unique)
 
 
 @pytest.fixture
 async def quiet(settings: Settings) -> AsyncIterator[Scene]:
     """A log with a claimed lane, and no notifier yet."""
-    log_settings = LogSettings(
-        bootstrap_servers=settings.kafka_bootstrap_servers,
-        topic=settings.log_topic,
-        progress_topic=settings.progress_topic,
-    )
-    async with EventLog.open(log_settings) as log:
-        await log.ensure_topics(partitions=1)
-        identity = await log.ensure_created(partitions=1, source="/sluice/tests")
-        scene = Scene(settings, log, log.writer(), identity.log_id)
-        claimed = await scene.append(a_lane_claimed())
-        scene.epoch = claimed.offset(0) or 0
-        assert scene.epoch == 1
+    async with a_quiet_scene(settings) as scene:
         yield scene
 
 
@@ -186,14 +70,6 @@ async def scene(quiet: Scene) -> AsyncIterator[Scene]:
     async with notifying(quiet.settings) as notifier:
         quiet.port = notifier.port
         yield quiet
-
-
-def offset_of(message: dict[str, Any]) -> int:
-    return Position.parse(message["position"]).offsets[0][1]
-
-
-def types_of(heard: list[dict[str, Any]]) -> list[str]:
-    return [message["event"]["type"].split(".")[1] for message in heard if message["type"] == "event"]
 
 
 # Who may listen
@@ -350,13 +226,6 @@ async def test_batches_nobody_knows_and_batches_of_others_are_equally_not_found(
     for batch_id, answer in zip((an_id("nobody"), BATCH, "no-id"), answers, strict=True):
         expected = {"type": "error", "code": "not_found", "detail": f"There is no batch {batch_id}"}
         assert answer == {**expected, "batch_id": batch_id}
-
-
-async def test_subscribing_to_all_batches_of_a_user_is_refused_in_words(scene: Scene) -> None:
-    async with scene.connected() as watcher:
-        answer = await watcher.ask({"type": "subscribe", "user": True})
-
-    assert (answer["type"], answer["code"]) == ("error", "invalid_request")
 
 
 # What a subscriber is told
@@ -517,30 +386,6 @@ async def watch_some(
         return snapshot, await watcher.hear_until(lambda message: types_of([message]) == ["BatchSealed"])
 
 
-@contextlib.asynccontextmanager
-async def following_projection(scene: Scene) -> AsyncIterator[None]:
-    """The read models follow the log, a few records at a time."""
-    database = await Database.open(scene.settings.database_url.get_secret_value())
-    projection = await Projection.open(database, partition=0, log_id=scene.log_id)
-    reader = scene.log.reader([0])
-    await reader.seek(0, projection.lane.next_offset)
-
-    async def project() -> None:
-        while True:
-            await projection.fold(await reader.read(records_max=50, timeout_ms=50))
-            await projection.flush()
-
-    projecting = asyncio.create_task(project())
-    try:
-        yield
-    finally:
-        assert not projecting.done()
-        assert projection.committed > 1
-        await cancelled(projecting)
-        await reader.close()
-        await database.close()
-
-
 def assert_counts_follow(batch: dict[str, Any], heard: list[dict[str, Any]]) -> None:
     """Each event's counts are those before it, moved by the event."""
     total, successful = batch["total_uploads"], batch["successful_uploads"]
@@ -636,7 +481,23 @@ async def test_who_missed_nothing_goes_on_without_a_snapshot_even_at_another_not
     assert answer == {"type": "subscribed", "batch_id": BATCH, "position": str(other), "recovered": True}
 
 
-async def test_who_missed_more_than_is_at_hand_is_given_a_snapshot(scene: Scene) -> None:
+async def test_what_the_notifier_was_not_there_for_is_told_from_the_history(scene: Scene) -> None:
+    since = await scene.append(a_batch_created())
+    last = await scene.append(an_upload_queued(), a_batch_sealed(), a_batch_sealed())
+    async with scene.connected() as watcher:
+        answer = await watcher.subscribe(since=str(since))
+        heard = await watcher.hear_to(last.at(0, (last.offset(0) or 0) - 1))
+        await watcher.silence()
+
+    assert answer == {"type": "subscribed", "batch_id": BATCH, "position": str(since), "recovered": True}
+    assert types_of(heard) == ["UploadQueued", "BatchSealed"]
+    assert [message["batch"]["sealed"] for message in heard] == [False, True]
+
+
+async def test_who_missed_more_than_is_worth_reading_again_is_given_a_snapshot(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replays, "FACTS_MAX", 1)
     since = await scene.append(a_batch_created())
     last = await scene.append(an_upload_queued())
     async with scene.connected() as watcher:
@@ -653,12 +514,14 @@ async def test_a_watch_ends_a_while_after_its_last_client_left(scene: Scene) -> 
         scene.port = notifier.port
         async with scene.connected() as watcher:
             since = (await watcher.subscribe())["position"]
+        await until(lambda: not notifier.watches.batches)
         async with scene.connected() as watcher:
-            await until(lambda: not notifier.watches.batches)
-            await scene.append(an_upload_queued())
+            last = await scene.append(an_upload_queued())
             answer = await watcher.subscribe(since=since)
+            heard = await watcher.hear_to(last)
 
-    assert answer["recovered"] is False
+    assert answer["recovered"] is True
+    assert types_of(heard) == ["UploadQueued"]
 
 
 async def test_a_position_of_another_log_or_of_other_partitions_gets_a_snapshot(scene: Scene) -> None:
@@ -840,13 +703,6 @@ async def append_large_facts(scene: Scene, *, heard_by: Watcher) -> tuple[list[d
     return await hearing, last
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what nobody tells us."""
-    async with asyncio.timeout(SOON_S):
-        while not condition():  # noqa: ASYNC110  # there is no event to wait for
-            await asyncio.sleep(0.01)
-
-
 # Start and stop
 
 
@@ -931,13 +787,6 @@ async def ended(process: asyncio.subprocess.Process) -> tuple[int, str]:
         _, said = await process.communicate()
     assert process.returncode is not None
     return process.returncode, said.decode()
-
-
-def a_free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-    return port
 
 
 async def answers(port: int, process: asyncio.subprocess.Process) -> None:

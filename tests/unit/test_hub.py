@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.notifier.hub import TOO_SLOW, Client, Close, Frame, Hub, HubLimits, TooManyConnectionsError
+from services.notifier.hub import (
+    PACED_UPLOADS_MAX,
+    TOO_SLOW,
+    Client,
+    Close,
+    Frame,
+    Hub,
+    HubLimits,
+    TooManyConnectionsError,
+)
 
 BATCH = "batch-1"
 OTHER_BATCH = "batch-2"
@@ -365,6 +374,108 @@ def test_forgetting_a_batch_ends_its_subscriptions_and_its_percentages() -> None
     assert set() == client.batches
     assert not hub.tell_due(now_s=1)
     assert hub.disconnect(client) == []
+
+
+def of_user(hub: Hub, *users: str) -> list[Client]:
+    """Clients that follow all batches of their users, which are watched from offset 0 of two partitions."""
+    clients = []
+    for user in users:
+        if not hub.watches_user(user):
+            hub.watch_user(user, floor={0: 0, 1: 0})
+        clients.append(a_client(hub, user=user))
+        hub.subscribe_user(clients[-1])
+    return clients
+
+
+def a_fact_of(batch_id: str, offset: int, partition: int = 0) -> Frame:
+    position = f"1f3a9c02.{partition}-{offset}"
+    return Frame.of(f"{partition}-{offset}", position=position, partition=partition, offset=offset, batch_id=batch_id)
+
+
+def test_facts_of_all_batches_are_told_to_those_who_follow_their_user() -> None:
+    hub = a_hub()
+    ada, grace = of_user(hub, "ada", "grace")
+
+    for batch_id, offset, user in ((BATCH, 1, "ada"), (OTHER_BATCH, 2, "ada"), ("batch-3", 3, "grace")):
+        hub.tell(batch_id, a_fact_of(batch_id, offset), upload_id=None, user_id=user)
+
+    assert (told(ada), told(grace)) == (["0-1", "0-2"], ["0-3"])
+
+
+def test_a_fact_is_told_once_to_who_follows_its_batch_and_its_user() -> None:
+    hub = a_hub()
+    hub.watch(BATCH, floor=0)
+    (both,) = of_user(hub, "ada")
+    hub.subscribe(both, BATCH)
+
+    hub.tell(BATCH, a_fact_of(BATCH, 1), upload_id=None, user_id="ada")
+    hub.tell_percentage(BATCH, UPLOAD, Frame.of("10 %"), now_s=0, user_id="ada")
+    hub.unsubscribe(both, BATCH)
+    hub.tell(BATCH, a_fact_of(BATCH, 2), upload_id="another", user_id="ada")
+    hub.unsubscribe_user(both)
+    hub.tell(BATCH, a_fact_of(BATCH, 3), upload_id="another", user_id="ada")
+
+    assert told(both) == ["0-1", "0-2", "10 %"]
+
+
+def test_facts_from_before_a_user_was_followed_are_not_told() -> None:
+    hub = a_hub()
+    hub.watch_user("ada", floor={0: 5})
+    client = a_client(hub)
+    hub.subscribe_user(client)
+
+    for offset in (4, 5, 6):
+        hub.tell(BATCH, a_fact_of(BATCH, offset), upload_id=None, user_id="ada")
+
+    assert told(client) == ["0-6"]
+
+
+def test_who_comes_back_is_given_what_it_missed_of_all_partitions_but_of_the_batches_it_follows() -> None:
+    hub = a_hub()
+    hub.watch(BATCH, floor=0)
+    of_user(hub, "ada")
+    for batch_id, offset, partition in ((BATCH, 1, 0), (OTHER_BATCH, 2, 0), ("batch-3", 1, 1), ("batch-3", 2, 1)):
+        hub.tell(batch_id, a_fact_of(batch_id, offset, partition), upload_id=None, user_id="ada")
+    back, follows_one = a_client(hub), a_client(hub, BATCH)
+
+    after = {0: 0, 1: 1}
+    missed = [hub.missed_of_user(client, after=after) or [] for client in (back, follows_one)]
+
+    assert [[frame.text for frame in frames] for frames in missed] == [["0-1", "0-2", "1-2"], ["0-2", "1-2"]]
+    assert hub.missed_of_user(back, after={0: 0}) is None, "a partition that is not named may hold anything"
+
+
+def test_facts_of_a_user_that_were_given_up_are_known_to_be_gone_in_their_partition_only() -> None:
+    hub = a_hub(history_bytes_max=6)
+    of_user(hub, "ada")
+    for offset, partition in ((1, 0), (2, 0), (1, 1)):
+        hub.tell(BATCH, a_fact_of(BATCH, offset, partition), upload_id=None, user_id="ada")
+    back = a_client(hub)
+
+    assert hub.missed_of_user(back, after={0: 0, 1: 0}) is None
+    assert [frame.text for frame in hub.missed_of_user(back, after={0: 1, 1: 0}) or []] == ["0-2", "1-1"]
+
+
+def test_forgetting_a_user_names_the_clients_that_followed_it() -> None:
+    hub = a_hub()
+    ada, grace = of_user(hub, "ada", "grace")
+
+    left = hub.forget_user("ada")
+    hub.tell(BATCH, a_fact_of(BATCH, 1), upload_id=None, user_id="ada")
+
+    assert left == {ada}
+    assert (ada.follows_user, grace.follows_user, told(ada)) == (False, True, [])
+
+
+def test_the_paces_of_a_users_many_uploads_are_not_kept_for_ever() -> None:
+    hub = a_hub()
+    (client,) = of_user(hub, "ada")
+
+    for number in range(10 * PACED_UPLOADS_MAX):
+        hub.tell_percentage(BATCH, f"upload {number}", Frame.of("1 %"), now_s=number, user_id="ada")
+        client.take(bytes_max=MANY)
+
+    assert len(hub._users["ada"].percentages) <= PACED_UPLOADS_MAX
 
 
 def test_no_more_clients_are_taken_than_the_limits_allow_and_leaving_makes_room() -> None:

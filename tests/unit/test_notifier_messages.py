@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from schemas import frames
 from schemas.batch import Batch, Changed
 from schemas.errors import Code, RequestError
 from schemas.position import Position
-from services.notifier import messages
+from services.notifier import messages, streams
+from services.notifier.hub import Frame
+from services.notifier.sessions import RESTARTING
 from tests.examples import (
     BATCH,
     LOG_ID,
@@ -76,7 +79,9 @@ def test_the_document_shows_what_the_notifier_says_word_for_word() -> None:
         the_event(3),
         the_event(4),
         messages.progress(an_upload_progressed()),
+        messages.user_snapshot([the_batch(after=2)], truncated=False, log_id=LOG_ID, position=at(2)),
         messages.resumed(batch_id=BATCH, position=at(3)),
+        messages.user_resumed(position=at(3)),
         messages.unsubscribed(messages.Unsubscribe(type="unsubscribe", batch_id=BATCH)),
         messages.pong(),
         messages.error(RequestError(Code.NOT_FOUND, f"There is no batch {BATCH}"), batch_id=BATCH),
@@ -92,7 +97,39 @@ def test_the_document_shows_messages_of_clients_that_are_understood() -> None:
 
     understood = [type(messages.understand(json.dumps(value))).__name__ for value in said_by_clients]
 
-    assert understood == ["Auth", "Subscribe", "Subscribe", "Unsubscribe", "Ping"]
+    assert understood == ["Auth", *["Subscribe"] * 4, "Unsubscribe", "Ping"]
+
+
+def test_the_document_shows_streams_as_they_are() -> None:
+    told = [
+        Frame.of(messages.resumed(batch_id=BATCH, position=at(3)), position=str(at(3))),
+        Frame.of(f'{{"type":"event","position":"{at(4)}","event":{{…}},"batch":{{…}}}}', position=str(at(4))),
+        Frame.of(messages.progress(an_upload_progressed())),
+    ]
+
+    stream = streams.opening() + streams.events(told) + streams.COMMENT + streams.closing(RESTARTING)
+
+    assert f"```\n{stream.rstrip()}\n```" in PROTOCOL.read_text()
+    assert the_event(4).startswith(f'{{"type":"event","position":"{at(4)}","event":{{')
+
+
+def test_what_is_told_has_the_shapes_that_are_published() -> None:
+    told = {
+        frames.SubscribedUser: [
+            messages.user_snapshot([the_batch(after=2)], truncated=True, log_id=LOG_ID, position=at(2)),
+            messages.user_resumed(position=at(3)),
+        ],
+        frames.SubscribedBatch: [
+            messages.snapshot(the_batch(after=2), log_id=LOG_ID, position=at(2)),
+            messages.resumed(batch_id=BATCH, position=at(3)),
+        ],
+        frames.EventFrame: [the_event(4)],
+        frames.ProgressFrame: [messages.progress(an_upload_progressed())],
+    }
+
+    for shape, texts in told.items():
+        for text in texts:
+            assert shape.model_validate_json(text).model_dump(mode="json", exclude_unset=True) == json.loads(text)
 
 
 def test_members_that_are_not_known_are_passed_over() -> None:

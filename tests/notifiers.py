@@ -1,0 +1,204 @@
+"""A notifier under test and its clients: real WebSockets, on real Kafka and Postgres.
+
+Nobody projects the log here unless a test says so: the facts are appended as api and processor would, and the
+notifier's tail keeps them all. `Scene` is one notifier and the log it reads; `Watcher` one client of it.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
+
+from schemas.events import Envelope, LogEvent, UploadProgressed, encode
+from schemas.ids import new_id
+from schemas.position import Position
+from services.auth import make_token
+from services.database import Database
+from services.eventlog import EventLog, Log, LogSettings, LogWriter
+from services.lifecycle import cancelled
+from services.processor.projection import Projection
+from services.settings import Settings
+from tests.examples import BATCH, USER, a_lane_claimed
+
+SECRET = "a secret of tests, at least thirty-two bytes long"
+SOON_S = 15.0
+
+
+class Watcher:
+    """A client: what it was told, message by message."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self.socket = socket
+        self._unread: list[dict[str, Any]] = []
+        self.frames: list[str] = []
+
+    async def say(self, *messages: dict[str, Any]) -> None:
+        await self.socket.send("\n".join(json.dumps(message) for message in messages))
+
+    async def hear(self) -> dict[str, Any]:
+        """The next message."""
+        async with asyncio.timeout(SOON_S):
+            while not self._unread:
+                frame = await self.socket.recv()
+                assert isinstance(frame, str)
+                self.frames.append(frame)
+                self._unread = [json.loads(line) for line in frame.split("\n")]
+        return self._unread.pop(0)
+
+    async def hear_until(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        """All messages up to the first one that is wanted."""
+        heard = [await self.hear()]
+        while not wanted(heard[-1]):
+            heard.append(await self.hear())
+        return heard
+
+    async def hear_to(self, position: Position) -> list[dict[str, Any]]:
+        """All messages up to the fact at this position."""
+        return await self.hear_until(lambda message: message.get("position") == str(position))
+
+    async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
+        await self.say(message)
+        return await self.hear()
+
+    async def subscribe(self, batch_id: str = BATCH, **more: Any) -> dict[str, Any]:
+        return await self.ask({"type": "subscribe", "batch_id": batch_id, **more})
+
+    async def subscribe_user(self, **more: Any) -> dict[str, Any]:
+        return await self.ask({"type": "subscribe", "user": True, **more})
+
+    async def silence(self) -> None:
+        """Nothing waits for us: the answer to a ping comes first."""
+        assert await self.ask({"type": "ping"}) == {"type": "pong"}
+
+    async def closed(self) -> tuple[int, str]:
+        """How the connection is closed: code and reason; what comes before is passed over."""
+        with contextlib.suppress(ConnectionClosed):
+            async with asyncio.timeout(SOON_S):
+                while True:
+                    await self.socket.recv()
+        assert self.socket.close_code is not None
+        return self.socket.close_code, self.socket.close_reason or ""
+
+
+class Scene:
+    """A log with its first records, and a notifier that reads it on `port`."""
+
+    def __init__(self, settings: Settings, log: Log, writer: LogWriter, log_id: str) -> None:
+        self.settings = settings
+        self.log = log
+        self.log_id = log_id
+        self.port = 0
+        self._writer = writer
+
+    async def append(self, *events: LogEvent, partition: int = 0) -> Position:
+        """Append the events as one group; the position of the last one."""
+        records = [encode(event, an_envelope()) for event in events]
+        first = await self._writer.append(partition, records, timeout_s=10)
+        return Position.of(self.log_id, {partition: first + len(events) - 1})
+
+    def progress(self, event: UploadProgressed) -> None:
+        self.log.publish_progress(0, encode(event, an_envelope()))
+
+    @contextlib.asynccontextmanager
+    async def connected(self, user: str | None = USER, **options: Any) -> AsyncIterator[Watcher]:
+        """A client that is authenticated as the user, or not at all for None."""
+        async with connect(f"ws://127.0.0.1:{self.port}/v1/ws", **options) as socket:
+            watcher = Watcher(socket)
+            if user is not None:
+                ready = await watcher.ask({"type": "auth", "token": a_token(user)})
+                assert ready["type"] == "ready"
+            yield watcher
+
+
+def an_envelope() -> Envelope:
+    return Envelope(id=new_id(now_ms=0, random=os.urandom(9)), source="/sluice/tests", time="2026-01-01T12:00:00Z")
+
+
+def a_token(user: str = USER, *, ttl_s: float | None = 3600, secret: str = SECRET) -> str:
+    return make_token(user, secret, ttl_s=ttl_s)
+
+
+def settings_for(*, kafka: str, database_url: str, unique: str) -> Settings:
+    """Of a notifier with a log and a database of its own."""
+    return Settings(
+        kafka_bootstrap_servers=kafka,
+        database_url=database_url,
+        log_topic=f"{unique}.events",
+        progress_topic=f"{unique}.progress",
+        jwt_secret=SECRET,
+        notifier_port=0,
+        client_bytes_max=1_000_000,
+        clients_per_user_max=20,
+        stop_timeout_s=5,
+    )
+
+
+@contextlib.asynccontextmanager
+async def a_quiet_scene(settings: Settings) -> AsyncIterator[Scene]:
+    """A log with claimed lanes, and no notifier yet."""
+    log_settings = LogSettings(
+        bootstrap_servers=settings.kafka_bootstrap_servers,
+        topic=settings.log_topic,
+        progress_topic=settings.progress_topic,
+    )
+    async with EventLog.open(log_settings) as log:
+        await log.ensure_topics(partitions=settings.partitions)
+        identity = await log.ensure_created(partitions=settings.partitions, source="/sluice/tests")
+        scene = Scene(settings, log, log.writer(), identity.log_id)
+        for partition in range(settings.partitions):
+            claimed = await scene.append(a_lane_claimed(), partition=partition)
+            assert claimed.offset(partition) == 1
+        yield scene
+
+
+def offset_of(message: dict[str, Any]) -> int:
+    return Position.parse(message["position"]).offsets[0][1]
+
+
+def types_of(heard: list[dict[str, Any]]) -> list[str]:
+    return [message["event"]["type"].split(".")[1] for message in heard if message["type"] == "event"]
+
+
+@contextlib.asynccontextmanager
+async def following_projection(scene: Scene, *, partition: int = 0) -> AsyncIterator[None]:
+    """The read models follow the log, a few records at a time."""
+    database = await Database.open(scene.settings.database_url.get_secret_value())
+    await database.migrate()
+    projection = await Projection.open(database, partition=partition, log_id=scene.log_id)
+    reader = scene.log.reader([partition])
+    await reader.seek(partition, projection.lane.next_offset)
+
+    async def project() -> None:
+        while True:
+            await projection.fold(await reader.read(records_max=50, timeout_ms=50))
+            await projection.flush()
+
+    projecting = asyncio.create_task(project())
+    try:
+        yield
+    finally:
+        assert not projecting.done()
+        assert projection.committed > 1
+        await cancelled(projecting)
+        await reader.close()
+        await database.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what nobody tells us."""
+    async with asyncio.timeout(SOON_S):
+        while not condition():  # noqa: ASYNC110  # there is no event to wait for
+            await asyncio.sleep(0.01)
+
+
+def a_free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+    return port
