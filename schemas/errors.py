@@ -35,6 +35,7 @@ class Code(StrEnum):
     PROJECTION_BEHIND = "projection_behind"
     OUTCOME_UNKNOWN = "outcome_unknown"
     STORAGE_UNAVAILABLE = "storage_unavailable"
+    KEYS_UNAVAILABLE = "keys_unavailable"
     INTERNAL_ERROR = "internal_error"
 
 
@@ -84,6 +85,7 @@ MEANINGS: dict[Code, Meaning] = {
     Code.PROJECTION_BEHIND: Meaning(503, "The read models are behind the log", retry_after_s=1),
     Code.OUTCOME_UNKNOWN: Meaning(503, "It is not known whether this was done", retry_after_s=2),
     Code.STORAGE_UNAVAILABLE: Meaning(503, "The blob store cannot be used", retry_after_s=5),
+    Code.KEYS_UNAVAILABLE: Meaning(503, "Tokens cannot be checked", retry_after_s=5),
     Code.INTERNAL_ERROR: Meaning(500, "Sluice made a mistake"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.batch import Batch, Upload
+from schemas.events import EventView
 from schemas.position import Position
 
 BatchStatus = Literal["pending", "processing", "completed", "failed", "cancelled"]
@@ -159,6 +160,18 @@ class BatchPage(View):
 
 class UploadPage(View):
     items: list[UploadView]
+    next_cursor: str | None
+
+
+class PastEvent(EventView, View):
+    """A fact in a batch's history. `ignored`: why it had no effect; null where it had."""
+
+    position: str
+    ignored: str | None
+
+
+class EventPage(View):
+    items: list[PastEvent]
     next_cursor: str | None
 
 

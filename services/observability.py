@@ -73,10 +73,10 @@ def configure_logging(*, service: str, log_format: str, log_level: str) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(log_level.upper())
+    level = logging.getLevelNamesMapping()[log_level.upper()]
+    logging.getLogger("sluice").setLevel(level)
+    root.setLevel(max(level, logging.WARNING))  # below that, libraries show what they carry: frames, headers, EXIF
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it repeats ten times a second what we say once
-    for chatty in ("faststream", "uvicorn", "uvicorn.error", "uvicorn.access", "asyncio", "httpx"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service)
 

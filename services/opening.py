@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from schemas.position import Position
+from services.auth import Authenticator
 from services.database import Database, DatabaseUnavailable
 from services.eventlog import EventLog, Log, LogRefused, LogSettings, LogUnavailable
+from services.keys import KeysUnavailable
 from services.lifecycle import StartError, closing, stopwatch
 from services.observability import logger
 from services.settings import Settings
@@ -56,6 +58,18 @@ async def open_stores(settings: Settings, *, service: str) -> AsyncIterator[Stor
         async with stopwatch("log and read models belong together"):
             await _patiently("Postgres", lambda: _check_same_log(database, identity.log_id))
         yield Stores(log, identity.log_id, database)
+
+
+@contextlib.asynccontextmanager
+async def open_authenticator(settings: Settings) -> AsyncIterator[Authenticator]:
+    """What checks tokens; raises StartError where the keys for that do not come."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            async with stopwatch("keys of tokens at hand"):
+                authenticator = await stack.enter_async_context(Authenticator.open(settings))
+        except KeysUnavailable as error:
+            raise StartError(f"SLUICE_JWKS_URL: {error}") from error
+        yield authenticator
 
 
 @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ A wrong or missing one stops the start with one line each (`SettingsError`); not
 Units stand last in the names. docs/operations.md explains when to change which.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote, urlsplit
@@ -13,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 _MIB = 1024 * 1024
 JWT_SECRET_BYTES_MIN = 32
+_ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s@,]+", re.ASCII)
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
@@ -41,6 +43,11 @@ class Settings(BaseSettings):
     fsync: bool = Field(default=False, description="survive the loss of power, not only of processes (slower)")
 
     jwt_secret: SecretStr | None = Field(default=None, description="the HS256 key of tokens, 32 bytes or more")
+    jwks_url: str | None = Field(
+        default=None,
+        description="where RS256 and ES256 keys of tokens are (JWKS); the secret is not used then",
+    )
+    jwks_max_age_s: Seconds = Field(default=3_600, description="keys fetched longer ago than this count no more")
     jwt_issuer: str | None = Field(default=None, description="the `iss` every token must carry, if set")
     jwt_audience: str | None = Field(default=None, description="the `aud` every token must carry, if set")
     jwt_leeway_s: Annotated[float, Field(ge=0, le=300)] = Field(default=10, description="clock difference forgiven")
@@ -50,6 +57,15 @@ class Settings(BaseSettings):
     notifier_port: Port = Field(default=8081, description="the notifier's port")
     processor_port: Port = Field(default=8082, description="the processor's port for health and metrics")
     notifier_public_url: str = Field(default="", description="where browsers reach the notifier")
+    allowed_origins: str = Field(
+        default="", description="origins whose pages may call api and notifier, separated by commas; *: any"
+    )
+    rate_limit_per_s: Annotated[float, Field(ge=0, le=1_000_000)] = Field(
+        default=5_000, description="requests a second of one user, on average; 0: no limit"
+    )
+    rate_limit_burst: Annotated[int, Field(ge=1, le=10_000_000)] = Field(
+        default=20_000, description="requests one user may send at once"
+    )
 
     files_max: Annotated[int, Field(ge=1, le=1_000_000)] = Field(default=1_000, description="files of a new batch")
     batch_bytes_max: Annotated[int, Field(ge=1)] = Field(default=10_000_000_000, description="bytes of a new batch")
@@ -92,6 +108,10 @@ class Settings(BaseSettings):
             complaints.append("SLUICE_FILE_BYTES_MAX is larger than SLUICE_BATCH_BYTES_MAX")
         if self.blob_url and not self.blob_url.startswith("file:///"):
             complaints.append(f"SLUICE_BLOB_URL={self.blob_url!r} is not of the form file:///an/absolute/folder")
+        if self.jwks_url and not self.jwks_url.startswith(("https://", "http://")):
+            complaints.append(f"SLUICE_JWKS_URL={self.jwks_url!r} is not of the form https://host/path")
+        if bad := [origin for origin in self.origins if not _ORIGIN.fullmatch(origin)]:
+            complaints.append(f"SLUICE_ALLOWED_ORIGINS names {bad[0]!r}, which is not of the form https://host[:port]")
         if complaints:
             raise ValueError("\n".join(complaints))
         return self
@@ -102,6 +122,11 @@ class Settings(BaseSettings):
         return Path(unquote(urlsplit(self.blob_url).path))
 
     @property
+    def origins(self) -> tuple[str, ...]:
+        """The origins whose pages may call; ("*",) is any."""
+        return tuple(origin.strip() for origin in self.allowed_origins.split(",") if origin.strip())
+
+    @property
     def notifier_url(self) -> str:
         """Where clients reach the notifier."""
         return self.notifier_public_url or f"http://{self.host}:{self.notifier_port}"
@@ -110,20 +135,24 @@ class Settings(BaseSettings):
 def load(*, needs: tuple[str, ...] = (), **overrides: Any) -> Settings:
     """The settings from the environment; raises SettingsError with a line for each wrong or missing one.
 
-    `needs` names fields that have no default a service could start with.
+    `needs` names fields that have no default a service could start with; of `"a|b"` one is enough.
     """
     try:
         settings = Settings(**overrides)
     except ValidationError as error:
         raise SettingsError("\n".join(_lines(error))) from None
-    missing = [name for name in needs if not getattr(settings, name)]
+    missing = [name for name in needs if not any(getattr(settings, either) for either in name.split("|"))]
     if missing:
-        raise SettingsError(
-            "\n".join(
-                f"SLUICE_{name.upper()} is not set: {Settings.model_fields[name].description}" for name in missing
-            )
-        )
+        raise SettingsError("\n".join(map(_missing, missing)))
     return settings
+
+
+def _missing(name: str) -> str:
+    fields = {f"SLUICE_{each.upper()}": Settings.model_fields[each].description for each in name.split("|")}
+    if len(fields) == 1:
+        return "".join(f"{variable} is not set: {meaning}" for variable, meaning in fields.items())
+    described = "; ".join(f"{variable}: {meaning}" for variable, meaning in fields.items())
+    return f"{' or '.join(fields)} is not set ({described})"
 
 
 def _lines(error: ValidationError) -> list[str]:

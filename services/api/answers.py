@@ -1,9 +1,10 @@
 """What goes out: JSON answers with their position, and problems (RFC 9457) for everything that is not granted.
 
-`Guard` stands around the whole app: it counts and times requests and turns what nobody expected into a plain 500, so
-that no caller ever sees our insides.
+`Guard` stands around the whole app: it counts and times requests, tells each user what is left of their allowance, and
+turns what nobody expected into a plain 500, so that no caller ever sees our insides.
 """
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,21 +12,25 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from schemas.errors import MEANINGS, Code, RequestError, problem
+from services.api.ranges import names
 from services.blobs import BlobMissing, StorageUnavailable
 from services.database import DatabaseUnavailable
-from services.eventlog import LogUnavailable
+from services.eventlog import LogRefused, LogUnavailable
 from services.observability import HTTP_SECONDS, logger
 
 _log = logger("api")
 
 POSITION_HEADER = "Sluice-Position"
 _PROBLEM_TYPE = "application/problem+json"
+_METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 _FIELDS_NAMED_MAX = 5
 
 
@@ -33,6 +38,16 @@ def answer(view: BaseModel, *, status: int = 200, position: str | None = None, l
     """A view as JSON; `position` is where the log stands for what was written."""
     headers = {name: value for name, value in ((POSITION_HEADER, position), ("Location", location)) if value}
     return Response(view.model_dump_json(), status_code=status, headers=headers, media_type="application/json")
+
+
+def shown(request: Request, view: BaseModel) -> Response:
+    """A view as JSON, or 304 where the caller has just this already (RFC 9110, section 13)."""
+    body = view.model_dump_json().encode()
+    etag = f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if names(request.headers.get("if-none-match"), etag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, headers=headers, media_type="application/json")
 
 
 def problem_answer(error: RequestError) -> Response:
@@ -61,6 +76,7 @@ def install_problems(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _of_http)
     app.add_exception_handler(DatabaseUnavailable, _of_part(Code.DATABASE_UNAVAILABLE))
     app.add_exception_handler(LogUnavailable, _of_part(Code.LOG_UNAVAILABLE))
+    app.add_exception_handler(LogRefused, _of_part(Code.LOG_UNAVAILABLE))
     app.add_exception_handler(StorageUnavailable, _of_part(Code.STORAGE_UNAVAILABLE))
     app.add_exception_handler(BlobMissing, _of_part(Code.NOT_FOUND))
 
@@ -80,11 +96,21 @@ async def _of_http(request: Request, error: Exception) -> Response:
     where = f"{request.method} {request.url.path}"
     if error.status_code == 405:  # noqa: PLR2004  # the status itself
         found = problem_answer(RequestError(Code.METHOD_NOT_ALLOWED, f"{where} is not offered; see /docs"))
-        found.headers.update(error.headers or {})
+        found.headers["Allow"] = ", ".join(_methods_at(request))
         return found
     if error.status_code == 404:  # noqa: PLR2004  # the status itself
         return problem_answer(RequestError(Code.NOT_FOUND, f"{where} leads nowhere; see /docs"))
     return problem_answer(RequestError(Code.INVALID_REQUEST, str(error.detail)))
+
+
+def _methods_at(request: Request) -> list[str]:
+    """What may be done at this address: several routes may share it."""
+
+    def takes(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+    return [method for method in _METHODS if takes(method)]
 
 
 def _of_part(code: Code) -> Any:
@@ -111,6 +137,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if (allowance := scope.get("state", {}).get("allowance")) is not None:
+                    MutableHeaders(scope=message).update(allowance.headers())
             await send(message)
 
         try:

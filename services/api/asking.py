@@ -3,8 +3,10 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fastapi import Request
 
@@ -12,12 +14,15 @@ from schemas.errors import Code, RequestError
 from schemas.ids import derived_id
 from schemas.requests import key_hash
 from schemas.text import storable_text
-from services.auth import authenticate, bearer
+from services.auth import Scope, bearer
 from services.observability import BYTES_RECEIVED
-from services.settings import Settings
+
+if TYPE_CHECKING:
+    from services.api.resources import Resources
 
 JSON_BYTES_MAX = 64 * 1024
 BODY_SILENCE_MAX_S = 60.0
+_READING = frozenset({"GET", "HEAD"})
 _KEY_CHARACTERS_MAX = 255
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}", re.ASCII)
 
@@ -48,10 +53,19 @@ class RequestKey:
         return derived_id(self.user_id, self.method, self.path, self.key, *place, partition=partition)
 
 
-def caller_of(request: Request) -> Caller:
-    """The user of the request's token; raises RequestError(UNAUTHORIZED)."""
-    settings: Settings = request.app.state.settings
-    principal = authenticate(bearer(request.headers.get("authorization")), settings)
+async def caller_of(request: Request) -> Caller:
+    """The user of the request's token, who may do this and does not do too much of it.
+
+    Raises RequestError: UNAUTHORIZED, FORBIDDEN_SCOPE, RATE_LIMITED, KEYS_UNAVAILABLE. To be asked before anything of
+    the body is read.
+    """
+    resources: Resources = request.app.state.resources
+    token = bearer(request.headers.get("authorization"))
+    scope: Scope = "read" if request.method in _READING else "write"
+    principal = await resources.authenticator.authenticate(token, scope=scope)
+    allowance = request.state.allowance = resources.rates.take(principal.user_id, now_s=time.monotonic())
+    if allowance is not None:
+        allowance.check()
     trace = request.headers.get("traceparent", "")
     return Caller(principal.user_id, trace if _TRACEPARENT.fullmatch(trace) else None)
 

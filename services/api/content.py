@@ -28,7 +28,7 @@ _SAFE_HEADERS = {
 
 async def get_content(request: Request) -> Response:
     """`GET /v1/uploads/{upload_id}/content`: the bytes as they came."""
-    resources, caller = resources_of(request), caller_of(request)
+    resources, caller = resources_of(request), await caller_of(request)
     upload = await resources.reading.upload(request.path_params["upload_id"], user_id=caller.user_id)
     headers = {
         "ETag": f'"{upload.sha256}"',
@@ -40,7 +40,7 @@ async def get_content(request: Request) -> Response:
 
 async def get_thumbnail(request: Request) -> Response:
     """`GET /v1/uploads/{upload_id}/thumbnail`: a JPEG, once the upload is completed."""
-    resources, caller = resources_of(request), caller_of(request)
+    resources, caller = resources_of(request), await caller_of(request)
     upload = await resources.reading.upload(request.path_params["upload_id"], user_id=caller.user_id)
     if upload.status != "completed" or not (upload.result or {}).get("thumbnail"):
         raise RequestError(Code.NOT_FOUND, f"the upload is {upload.status} and has no thumbnail")

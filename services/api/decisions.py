@@ -39,7 +39,12 @@ class StoredFile:
 def create_batch(
     wish: CreateBatch, *, batch_id: str, user_id: str, limits: Limits, request: Request | None
 ) -> list[LogEvent]:
-    """An open batch, which waits for files."""
+    """An open batch, which waits for files. Raises RequestError where it would wait for more than it may hold."""
+    if wish.expected_uploads is not None and wish.expected_uploads > limits.files_max:
+        raise RequestError(
+            Code.INVALID_REQUEST,
+            f"expected_uploads is {wish.expected_uploads}, a batch holds {limits.files_max} files at most",
+        )
     created = BatchCreated(
         batch_id=batch_id,
         user_id=user_id,

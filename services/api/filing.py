@@ -45,7 +45,7 @@ _SHA256_BYTES = 32
 async def post_batch(request: Request) -> Response:
     """`POST /v1/batches`: an open batch from JSON, or a sealed one with the files of a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    caller = caller_of(request)
+    caller = await caller_of(request)
     key = key_of(request, caller)
     resources_of(request).writing.check_open()
     match kind:
@@ -123,7 +123,7 @@ async def _post_filled_batch(request: Request, caller: Caller, key: RequestKey |
 
 async def post_uploads(request: Request) -> Response:
     """`POST /v1/batches/{batch_id}/uploads`: more files for an open batch."""
-    resources, caller = resources_of(request), caller_of(request)
+    resources, caller = resources_of(request), await caller_of(request)
     key = key_of(request, caller)
     resources.writing.check_open()
     async with resources.writing.theirs(request.path_params["batch_id"], caller) as (batch, uploads):
@@ -150,7 +150,7 @@ async def post_uploads(request: Request) -> Response:
 
 async def put_upload(request: Request) -> Response:
     """`PUT /v1/batches/{batch_id}/uploads/{filename}`: one file under its name; the same bytes again change nothing."""
-    resources, caller = resources_of(request), caller_of(request)
+    resources, caller = resources_of(request), await caller_of(request)
     filename = safe_filename(request.path_params["filename"])
     if filename is None:
         raise RequestError(Code.INVALID_REQUEST, "nothing is left of the file's name; give it another")

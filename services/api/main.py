@@ -11,22 +11,25 @@ from dataclasses import dataclass
 
 from schemas.events import Limits
 from services.api.app import build_app
+from services.api.health import Health
+from services.api.mcp import assisted
+from services.api.rates import Rates
 from services.api.reading import Reading
 from services.api.resources import Resources
 from services.api.writing import Writing
 from services.blobs import BlobStore, StorageUnavailable
 from services.database import DatabaseUnavailable
 from services.eventlog import LogRefused, LogUnavailable
+from services.history import History, Past
 from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
 from services.observability import configure_logging, logger
-from services.opening import Stores, open_stores
+from services.opening import Stores, open_authenticator, open_stores
 from services.serving import serving
 from services.settings import Settings, load
 from services.tail import Tail
 
 _log = logger("api")
 
-BLOB_CHECK_INTERVAL_S = 2.0
 KEEP_ALIVE_S = 30
 
 
@@ -36,7 +39,7 @@ def run() -> None:
 
 
 async def main() -> None:
-    settings = load(needs=("jwt_secret", "blob_url"))
+    settings = load(needs=("jwt_secret|jwks_url", "blob_url"))
     configure_logging(service="api", log_format=settings.log_format, log_level=settings.log_level)
     stop = asyncio.Event()
     with stop_signals(stop):
@@ -50,14 +53,14 @@ class Api:
 
     port: int
     tail: Tail
-    blob_watch: asyncio.Task[None]
+    watch: asyncio.Task[None]
 
     async def until(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set; raises StartError where a part ended without which nothing can be answered."""
         told = asyncio.create_task(stop.wait(), name="stop")
         failed = asyncio.create_task(self.tail.failure(), name="tail_failure")
         try:
-            await first_of(told, failed, self.blob_watch)
+            await first_of(told, failed, self.watch)
         except Exception as error:
             raise StartError(f"the api cannot go on: {error}") from error
         finally:
@@ -69,27 +72,35 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
     """An api that is ready, until the block is left."""
     async with contextlib.AsyncExitStack() as stack:
         stores = await stack.enter_async_context(open_stores(settings, service="api"))
+        authenticator = await stack.enter_async_context(open_authenticator(settings))
         async with stopwatch("blob store opened"):
             blobs = await stack.enter_async_context(_blobs(settings))
         async with stopwatch("tail caught up"):
             tail = await stack.enter_async_context(_tail(settings, stores))
             await tail.caught_up()
+        history = History(past=Past(log=stores.log, log_id=stores.log_id, database=stores.database), tail=tail)
         writer = stores.log.writer()
         await stack.enter_async_context(closing("log writer closed", writer.close, timeout_s=settings.stop_timeout_s))
+        health = Health(tail=tail, authenticator=authenticator, blobs=blobs, lag_max_s=settings.tail_lag_max_s)
         resources = Resources(
             settings=settings,
             limits=_limits(settings),
+            authenticator=authenticator,
+            rates=Rates(per_s=settings.rate_limit_per_s, burst=settings.rate_limit_burst),
             tail=tail,
             database=stores.database,
             blobs=blobs,
             writing=Writing(tail=tail, writer=writer, settings=settings),
-            reading=Reading(tail=tail, database=stores.database, settings=settings),
+            reading=Reading(tail=tail, history=history, database=stores.database, settings=settings),
+            health=health,
         )
-        blob_watch = asyncio.create_task(_watch_blobs(blobs, resources.problems), name="watch_blobs")
-        stack.push_async_callback(cancelled, blob_watch)
+        watch = asyncio.create_task(health.watch(), name="watch_health")
+        stack.push_async_callback(cancelled, watch)
+        app = build_app(resources)
+        assistants = await stack.enter_async_context(assisted(app, tail=tail))
         port = await stack.enter_async_context(
             serving(
-                build_app(resources),
+                app,
                 host=settings.host,
                 port=settings.api_port,
                 stop_timeout_s=settings.stop_timeout_s,
@@ -97,8 +108,9 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
                 timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
+        stack.callback(assistants.dismiss)
         _log.info("api_ready", address=f"http://{settings.host}:{port}", position=str(tail.position()))
-        yield Api(port, tail, blob_watch)
+        yield Api(port, tail, watch)
 
 
 @contextlib.asynccontextmanager
@@ -133,16 +145,3 @@ def _limits(settings: Settings) -> Limits:
         batch_bytes_max=settings.batch_bytes_max,
         file_bytes_max=settings.file_bytes_max,
     )
-
-
-async def _watch_blobs(blobs: BlobStore, problems: list[str]) -> None:
-    """Keep `problems` true to whether the blob store can be used."""
-    while True:
-        try:
-            await blobs.check()
-            problems.clear()
-        except StorageUnavailable as error:
-            if not problems:
-                _log.warning("part_lost", part="blobs", reason=str(error))
-            problems[:] = [str(error)]
-        await asyncio.sleep(BLOB_CHECK_INTERVAL_S)

@@ -18,6 +18,7 @@ body { margin: 0 auto; max-width: 54rem; padding: 3rem 1.25rem 5rem; background:
 h1 { font-size: 2.1rem; letter-spacing: -.02em; margin: 0 0 .25rem } h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem }
 p { max-width: 42rem } a { color: var(--accent) } .soft { color: var(--soft) }
 code, pre { font: .86em/1.55 ui-monospace, monospace }
+pre { white-space: pre-wrap; overflow-wrap: anywhere }
 pre { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: .9rem 1rem;
   overflow: auto }
 nav { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1.5rem 0 }
@@ -27,6 +28,9 @@ details { background: var(--card); border: 1px solid var(--line); border-radius:
 summary { cursor: pointer; padding: .55rem .9rem; display: flex; flex-wrap: wrap; gap: .25rem .8rem }
 summary b { color: var(--accent); font: 700 .8rem/1.9 ui-monospace, monospace; min-width: 3.6rem }
 summary span { color: var(--soft); flex-basis: 100% }
+summary::after { content: "▸"; color: var(--soft); order: 1; margin-left: auto }
+details[open] > summary::after { content: "▾" }
+summary span { order: 2 }
 details > div { border-top: 1px solid var(--line); padding: .3rem .9rem .9rem }
 dl { display: grid; grid-template-columns: minmax(8rem, auto) 1fr; gap: .15rem 1rem; margin: .5rem 0 }
 dt { font: .86em/1.75 ui-monospace, monospace } dd { margin: 0; color: var(--soft) }
@@ -87,7 +91,7 @@ def _taken(call: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _answered(call: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for status, says in call["responses"].items():
         shapes = ", ".join(_type(body.get("schema", {})) for body in says.get("content", {}).values())
-        yield f"→ {'4xx, 5xx' if status == 'default' else status}", shapes or says["description"]
+        yield f"→ {status}", shapes if shapes and status < "300" else says["description"]
 
 
 def _shape(name: str, schema: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from services.database import BATCH_COLUMNS, UPLOAD_COLUMNS, Database, batch_fro
 LIMIT_DEFAULT = 50
 LIMIT_MAX = 200
 
-_CURSOR = re.compile(r"([bu])\.(\d{1,18})\.(\S+)", re.ASCII)
+_CURSOR = re.compile(r"([bue])\.(\d{1,18})\.(\S+)", re.ASCII)
 _OF_BATCH = ", ".join(f"batch.{column}" for column in BATCH_COLUMNS.split(", "))
 _OF_UPLOAD = ", ".join(f"upload.{column}" for column in UPLOAD_COLUMNS.split(", "))
 
@@ -56,7 +56,7 @@ async def upload_of(database: Database, upload_id: str, *, user_id: str) -> Uplo
 
 async def batches_of(database: Database, *, user_id: str, page: Page) -> tuple[list[Batch], str | None]:
     """A page of this user's batches, newest first, and the cursor of the next one. Raises RequestError."""
-    after_ms, after_id = _read_cursor(page.cursor, "b")
+    after_ms, after_id = read_cursor(page.cursor, "b")
     rows = await database.read(
         f"SELECT {_OF_BATCH} FROM {{generation}}.upload_batches AS batch "  # noqa: S608  # the names are ours
         "WHERE user_id = $1 AND ($2::text IS NULL OR status = $2) "
@@ -70,12 +70,12 @@ async def batches_of(database: Database, *, user_id: str, page: Page) -> tuple[l
     )
     batches = [batch_from_row(row) for row in rows[: page.limit]]
     more = len(rows) > page.limit
-    return batches, _cursor("b", batches[-1].created_ms, batches[-1].id) if more else None
+    return batches, cursor_of("b", batches[-1].created_ms, batches[-1].id) if more else None
 
 
 async def uploads_of(database: Database, batch_id: str, *, page: Page) -> tuple[list[Upload], str | None]:
     """A page of a batch's uploads in the order they were queued, and the cursor of the next one."""
-    after_offset, _ = _read_cursor(page.cursor, "u")
+    after_offset, _ = read_cursor(page.cursor, "u")
     rows = await database.read(
         f"SELECT {UPLOAD_COLUMNS} FROM {{generation}}.uploads "  # noqa: S608  # the names are ours
         "WHERE batch_id = $1 AND ($2::text IS NULL OR status = $2) AND ($3::bigint IS NULL OR created_offset > $3) "
@@ -90,7 +90,7 @@ async def uploads_of(database: Database, batch_id: str, *, page: Page) -> tuple[
 
 def uploads_among(uploads: dict[str, Upload], *, page: Page) -> tuple[list[Upload], str | None]:
     """The same page, of uploads that are in memory."""
-    after_offset, _ = _read_cursor(page.cursor, "u")
+    after_offset, _ = read_cursor(page.cursor, "u")
     wanted = (
         upload
         for upload in uploads.values()
@@ -110,15 +110,16 @@ async def oldest_unfinished_ms(database: Database) -> int | None:
 def _page_of_uploads(found: list[Upload], page: Page) -> tuple[list[Upload], str | None]:
     uploads = found[: page.limit]
     more = len(found) > page.limit
-    return uploads, _cursor("u", uploads[-1].created_offset, "-") if more else None
+    return uploads, cursor_of("u", uploads[-1].created_offset, "-") if more else None
 
 
-def _cursor(kind: str, number: int, identifier: str) -> str:
+def cursor_of(kind: str, number: int, identifier: str) -> str:
+    """Where a page ended: in a list of batches (kind b), of uploads (u) or of events (e)."""
     return base64.urlsafe_b64encode(f"{kind}.{number}.{identifier}".encode()).decode().rstrip("=")
 
 
-def _read_cursor(text: str | None, kind: str) -> tuple[int | None, Any]:
-    """What `_cursor` wrote; raises RequestError for anything else."""
+def read_cursor(text: str | None, kind: str) -> tuple[int | None, Any]:
+    """What `cursor_of` wrote; raises RequestError for anything else."""
     if text is None:
         return None, None
     try:

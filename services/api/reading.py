@@ -10,13 +10,16 @@ from collections.abc import AsyncIterator
 
 from schemas.batch import Batch, Upload
 from schemas.errors import Code, RequestError
+from schemas.events import EventView
 from schemas.ids import is_id, partition_of
 from schemas.position import InvalidPositionError, Position
-from schemas.views import BatchPage, BatchView, UploadPage, UploadView
+from schemas.times import read_rfc3339
+from schemas.views import BatchPage, BatchView, EventPage, PastEvent, UploadPage, UploadView, rfc3339
 from services.api import queries
 from services.api.decisions import not_found
 from services.api.queries import Page
 from services.database import Database
+from services.history import History, PastFact
 from services.settings import Settings
 from services.tail import Held, Tail
 
@@ -24,8 +27,9 @@ from services.tail import Held, Tail
 class Reading:
     """Reads for the api; see the module's text. All of it is as the user may see it; the rest is not found."""
 
-    def __init__(self, *, tail: Tail, database: Database, settings: Settings) -> None:
+    def __init__(self, *, tail: Tail, history: History, database: Database, settings: Settings) -> None:
         self._tail = tail
+        self._history = history
         self._database = database
         self._settings = settings
 
@@ -58,6 +62,26 @@ class Reading:
         async with self._held(batch_id, user_id) as (batch, _):
             return BatchView.of_log(batch, log_id=self._tail.log_id)
 
+    async def batch_at(self, batch_id: str, *, user_id: str, at: str) -> BatchView:
+        """A batch as it was at a position or a time; raises RequestError, DatabaseUnavailable, LogUnavailable."""
+        batch, _, _ = await self._history.state_at(batch_id, user_id=user_id, at=_moment(at))
+        return BatchView.of_log(batch, log_id=self._tail.log_id)
+
+    async def events(self, batch_id: str, *, user_id: str, page: Page) -> EventPage:
+        """A batch's facts in log order; raises RequestError(NOT_FOUND), DatabaseUnavailable, LogUnavailable."""
+        after, _ = queries.read_cursor(page.cursor, "e")
+        found = await self._history.events(batch_id, user_id=user_id, after=after, limit=page.limit + 1)
+        shown, more = found[: page.limit], len(found) > page.limit
+        return EventPage(
+            items=[self._past_event(past) for past in shown],
+            next_cursor=queries.cursor_of("e", shown[-1].fact.offset, "-") if more else None,
+        )
+
+    def _past_event(self, past: PastFact) -> PastEvent:
+        event = EventView.of(past.fact, time=rfc3339(past.time_ms))
+        position = Position.of(self._tail.log_id, {past.fact.partition: past.fact.offset})
+        return PastEvent(**event.model_dump(), position=str(position), ignored=past.ignored)
+
     async def batches(self, *, user_id: str, page: Page) -> BatchPage:
         batches, cursor = await queries.batches_of(self._database, user_id=user_id, page=page)
         views = [BatchView.of_log(batch, log_id=self._tail.log_id) for batch in batches]
@@ -80,7 +104,8 @@ class Reading:
         if not is_id(upload_id):
             raise not_found("upload")
         found = await self._upload(upload_id, user_id)
-        if found is None and await self._tail.reached_end(self._settings.tail_lag_max_s):
+        if found is None:
+            await read_to_end(self._tail, self._settings)
             found = await self._upload(upload_id, user_id)
         if found is None:
             raise not_found("upload")
@@ -95,9 +120,14 @@ class Reading:
     async def _upload(self, upload_id: str, user_id: str) -> Upload | None:
         batch_id = self._tail.batch_of(upload_id)
         if batch_id is None:
+            before = self._tail.projected()
             found = await queries.upload_of(self._database, upload_id, user_id=user_id)
-            if found is None or not self._tail.ahead(found.batch_id):
-                return found
+            if found is None:
+                return None
+            if not self._tail.ahead(found.batch_id):
+                # Only what is asked for after that is surely as new as what was read here.
+                unmoved = before == self._tail.projected()
+                return found if unmoved else await queries.upload_of(self._database, upload_id, user_id=user_id)
             batch_id = found.batch_id
         async with self._tail.hold(batch_id) as held:
             if held is None or not _visible(held.batch, user_id):
@@ -111,9 +141,34 @@ class Reading:
             raise not_found("batch")
         async with self._tail.hold(batch_id) as held:
             if held is None:
-                await self._tail.reached_end(self._settings.tail_lag_max_s)
+                await read_to_end(self._tail, self._settings)
             async with self._tail.hold(batch_id) as now:
                 yield _seen(now, user_id)
+
+
+async def read_to_end(tail: Tail, settings: Settings) -> None:
+    """What is known nowhere yet may just have been handed out by another replica: first read what there is.
+
+    Raises RequestError(LOG_UNAVAILABLE) where that cannot be done now, since nobody may be told "not found" then.
+    """
+    if not await tail.reached_end(settings.tail_lag_max_s):
+        raise RequestError(
+            Code.LOG_UNAVAILABLE, "it is not known here, and the log cannot be read to its end just now; ask again"
+        )
+
+
+def _moment(at: str) -> Position | int:
+    """A position, or a time in milliseconds; raises RequestError."""
+    try:
+        return Position.parse(at)
+    except InvalidPositionError:
+        time_ms = read_rfc3339(at)
+    if time_ms is None:
+        raise RequestError(
+            Code.INVALID_POSITION,
+            f"at={at[:80]!r} is neither a position, such as 1f3a9c02.0-1234, nor a time, such as 2026-01-31T12:00:00Z",
+        )
+    return time_ms
 
 
 def _seen(held: Held | None, user_id: str) -> tuple[Batch, dict[str, Upload]]:

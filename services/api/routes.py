@@ -14,9 +14,9 @@ from starlette.responses import Response
 from schemas.batch import Batch, Ignored, Upload
 from schemas.events import LogEvent
 from schemas.events import Request as Fingerprint
-from schemas.views import BatchPage, BatchStatus, BatchView, UploadPage, UploadStatus, UploadView
+from schemas.views import BatchPage, BatchStatus, BatchView, EventPage, UploadPage, UploadStatus, UploadView
 from services.api import decisions
-from services.api.answers import POSITION_HEADER, answer
+from services.api.answers import POSITION_HEADER, answer, shown
 from services.api.asking import Caller, caller_of, key_of, small_body
 from services.api.queries import LIMIT_DEFAULT, LIMIT_MAX, Page
 from services.api.resources import Resources, resources_of
@@ -26,7 +26,7 @@ Decide = Callable[[Batch, Mapping[str, Upload]], list[LogEvent]]
 
 
 async def _caller(request: Request) -> Caller:
-    return caller_of(request)
+    return await caller_of(request)
 
 
 async def _resources(request: Request) -> Resources:
@@ -37,6 +37,12 @@ By = Annotated[Caller, Depends(_caller)]
 With = Annotated[Resources, Depends(_resources)]
 Limit = Annotated[int, Query(ge=1, le=LIMIT_MAX, description="how many at most")]
 Cursor = Annotated[str | None, Query(description="`next_cursor` of the page before")]
+At = Annotated[
+    str | None,
+    Query(
+        description="as it was then: a position (that fact included), or a time (RFC 3339, that millisecond included)"
+    ),
+]
 MinPosition = Annotated[
     str | None, Query(description="wait until the read models include this position, such as a write answered with")
 ]
@@ -46,6 +52,7 @@ router = APIRouter(prefix="/v1")
 
 @router.get("/batches", response_model=BatchPage, summary="Your batches, newest first", tags=["Batches"])
 async def list_batches(
+    request: Request,
     by: By,
     resources: With,
     *,
@@ -55,13 +62,37 @@ async def list_batches(
     min_position: MinPosition = None,
 ) -> Response:
     await resources.reading.wait_for(min_position)
-    return answer(await resources.reading.batches(user_id=by.user_id, page=Page(limit, cursor, status)))
+    return shown(request, await resources.reading.batches(user_id=by.user_id, page=Page(limit, cursor, status)))
 
 
-@router.get("/batches/{batch_id}", response_model=BatchView, summary="A batch as it is now", tags=["Batches"])
-async def get_batch(by: By, resources: With, batch_id: str, *, min_position: MinPosition = None) -> Response:
+@router.get("/batches/{batch_id}", response_model=BatchView, summary="A batch as it is, or was", tags=["Batches"])
+async def get_batch(
+    request: Request, by: By, resources: With, batch_id: str, *, at: At = None, min_position: MinPosition = None
+) -> Response:
     await resources.reading.wait_for(min_position)
-    return answer(await resources.reading.batch(batch_id, user_id=by.user_id))
+    if at is not None:
+        return shown(request, await resources.reading.batch_at(batch_id, user_id=by.user_id, at=at))
+    return shown(request, await resources.reading.batch(batch_id, user_id=by.user_id))
+
+
+@router.get(
+    "/batches/{batch_id}/events",
+    response_model=EventPage,
+    summary="What happened to a batch, in the log's order",
+    tags=["Batches"],
+)
+async def list_events(
+    request: Request,
+    by: By,
+    resources: With,
+    batch_id: str,
+    *,
+    limit: Limit = LIMIT_DEFAULT,
+    cursor: Cursor = None,
+    min_position: MinPosition = None,
+) -> Response:
+    await resources.reading.wait_for(min_position)
+    return shown(request, await resources.reading.events(batch_id, user_id=by.user_id, page=Page(limit, cursor, None)))
 
 
 @router.get(
@@ -71,6 +102,7 @@ async def get_batch(by: By, resources: With, batch_id: str, *, min_position: Min
     tags=["Uploads"],
 )
 async def list_uploads(
+    request: Request,
     by: By,
     resources: With,
     batch_id: str,
@@ -81,14 +113,17 @@ async def list_uploads(
     min_position: MinPosition = None,
 ) -> Response:
     await resources.reading.wait_for(min_position)
-    return answer(await resources.reading.uploads(batch_id, user_id=by.user_id, page=Page(limit, cursor, status)))
+    page = Page(limit, cursor, status)
+    return shown(request, await resources.reading.uploads(batch_id, user_id=by.user_id, page=page))
 
 
 @router.get("/uploads/{upload_id}", response_model=UploadView, summary="An upload as it is now", tags=["Uploads"])
-async def get_upload(by: By, resources: With, upload_id: str, *, min_position: MinPosition = None) -> Response:
+async def get_upload(
+    request: Request, by: By, resources: With, upload_id: str, *, min_position: MinPosition = None
+) -> Response:
     await resources.reading.wait_for(min_position)
     upload = await resources.reading.upload(upload_id, user_id=by.user_id)
-    return answer(resources.reading.upload_view(upload))
+    return shown(request, resources.reading.upload_view(upload))
 
 
 @router.post(

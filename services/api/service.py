@@ -1,5 +1,6 @@
 """What the api says of itself: status, configuration, and the pages for people."""
 
+import asyncio
 import time
 from importlib.metadata import version
 
@@ -16,6 +17,7 @@ from services.api.routes import By, With
 from services.database import DatabaseUnavailable
 
 VERSION = version("sluice")
+_DATABASE_TIMEOUT_S = 2.0
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -27,12 +29,12 @@ router = APIRouter()
 
 @router.get("/v1/status", response_model=StatusView, summary="How the service is", tags=["Service"])
 async def get_status(_by: By, resources: With) -> Response:
-    problems = resources.all_problems()
+    degraded = resources.health.degraded()
     head, projected = resources.tail.position(), resources.tail.projected()
     return answer(
         StatusView(
-            mode="degraded" if problems else "full",
-            degraded=problems,
+            mode="degraded" if degraded else "full",
+            degraded=degraded,
             version=VERSION,
             head=str(head),
             projected=str(projected) if projected.offsets else None,
@@ -77,7 +79,8 @@ async def get_home(request: Request) -> Response:
 
 async def _oldest_unfinished_s(resources: Resources) -> float | None:
     try:
-        oldest_ms = await resources.reading.oldest_unfinished_ms()
-    except DatabaseUnavailable:
+        async with asyncio.timeout(_DATABASE_TIMEOUT_S):
+            oldest_ms = await resources.reading.oldest_unfinished_ms()
+    except (DatabaseUnavailable, TimeoutError):
         return None
     return None if oldest_ms is None else max(0.0, round(time.time() - oldest_ms / 1000, 3))

@@ -19,6 +19,7 @@ from schemas.records import NewRecord
 from schemas.views import rfc3339
 from services.api import decisions
 from services.api.asking import Caller, RequestKey
+from services.api.reading import read_to_end
 from services.eventlog import (
     GROUP_BYTES_MAX,
     LogOutcomeUnknown,
@@ -92,7 +93,7 @@ class Writing:
             raise decisions.not_found("batch")
         async with self._tail.hold(batch_id) as held:
             if held is None:
-                await self._tail.reached_end(self._settings.tail_lag_max_s)
+                await read_to_end(self._tail, self._settings)
             async with self._tail.hold(batch_id) as now:
                 yield _theirs(now, caller)
 

@@ -14,7 +14,7 @@ from faststream.kafka import KafkaBroker
 
 from schemas.records import NewRecord, StoredRecord
 from services.eventlog import topics
-from services.eventlog.identity import check_log_id, establish, new_created
+from services.eventlog.identity import check_log_id, establish, log_created, new_created
 from services.eventlog.progress import ProgressPublisher
 from services.eventlog.protocol import (
     GROUP_BYTES_MAX,
@@ -32,6 +32,7 @@ from services.eventlog.protocol import (
 )
 from services.eventlog.questions import Questions
 from services.eventlog.reading import KafkaProgressReader, KafkaReader
+from services.eventlog.topics import TopicFound
 from services.eventlog.writing import KafkaWriter
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "LogWriter",
     "ProgressReader",
     "RecordTooLarge",
+    "TopicFound",
 ]
 
 
@@ -88,6 +90,18 @@ class EventLog:
         await topics.ensure_topics(
             self.settings, partitions=partitions, replication_factor=replication_factor, fsync=fsync
         )
+
+    async def inspect(self, *, fsync: bool = False) -> TopicFound | None:
+        """The log's topic as it is, None where there is none; nothing is changed. Raises LogUnavailable."""
+        return await topics.inspect(self.settings, fsync=fsync)
+
+    async def identify(self) -> str | None:
+        """Which log this is, None where nothing was written yet; nothing is changed.
+
+        Raises LogRefused where the first record is no LogCreated or was cut off, LogUnavailable.
+        """
+        first = await self._questions.first(0)
+        return None if first is None else log_created(first, topic=self.settings.topic).log_id
 
     async def ensure_created(self, *, partitions: int, source: str) -> LogIdentity:
         reader, writer = self.reader(range(partitions)), self.writer()

@@ -8,6 +8,7 @@ asked for, and never taken away, since ids name their partition.
 import asyncio
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions, NewTopic
@@ -73,11 +74,7 @@ async def ensure_topics(settings: LogSettings, *, partitions: int, replication_f
     """See `Log.ensure_topics`."""
     if not 1 <= partitions <= PARTITIONS_MAX:
         raise LogRefused(f"{partitions} partitions cannot be had: between 1 and {PARTITIONS_MAX}, since ids name them")
-    admin = AIOKafkaAdminClient(
-        bootstrap_servers=settings.bootstrap_servers,
-        client_id=f"{settings.client_id}-topics",
-        request_timeout_ms=settings.request_timeout_ms,
-    )
+    admin = _admin(settings)
     facts = FACT_SETTINGS | (FSYNC_SETTINGS if fsync else {})
     try:
         async with asyncio.timeout(6 * settings.request_timeout_ms / 1000):
@@ -88,6 +85,35 @@ async def ensure_topics(settings: LogSettings, *, partitions: int, replication_f
             await topics.check(settings.topic, facts)
             await topics.widen(settings.topic, partitions, exactly=True)
             await topics.widen(settings.progress_topic, partitions, exactly=False)
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise _away(settings, error) from error
+    finally:
+        await admin.close()
+
+
+@dataclass(frozen=True, slots=True)
+class TopicFound:
+    """The log's topic as it is. `complaint`: why its settings could lose or refuse facts, and what mends that."""
+
+    partitions: int
+    complaint: str | None
+
+
+async def inspect(settings: LogSettings, *, fsync: bool) -> TopicFound | None:
+    """Look at the log's topic and change nothing; None where there is none. Raises LogUnavailable."""
+    admin = _admin(settings)
+    try:
+        async with asyncio.timeout(3 * settings.request_timeout_ms / 1000):
+            await admin.start()
+            if settings.topic not in await admin.list_topics():  # asking for it by name could make it
+                return None
+            topics = _Topics(admin, settings)
+            complaint = None
+            try:
+                await topics.check(settings.topic, FACT_SETTINGS | (FSYNC_SETTINGS if fsync else {}))
+            except LogRefused as refusal:
+                complaint = str(refusal)
+            return TopicFound(await topics.count(settings.topic), complaint)
     except (KafkaError, OSError, TimeoutError) as error:
         raise _away(settings, error) from error
     finally:
@@ -139,6 +165,10 @@ class _Topics:
                 await self._admin.create_partitions({topic: NewPartitions(partitions)})
         await self._until_led(topic, partitions)
 
+    async def count(self, topic: str) -> int:
+        """How many partitions the topic has."""
+        return len(await self._partitions(topic))
+
     async def _until_led(self, topic: str, partitions: int) -> None:
         """Wait until the broker knows so many partitions with a leader; bounded by the caller."""
         while True:
@@ -169,6 +199,14 @@ def _serves(name: str, found: str | None, wanted: str) -> bool:
     if name == "max.message.bytes":
         return found is not None and int(found) >= int(wanted)
     return found == wanted
+
+
+def _admin(settings: LogSettings) -> AIOKafkaAdminClient:
+    return AIOKafkaAdminClient(
+        bootstrap_servers=settings.bootstrap_servers,
+        client_id=f"{settings.client_id}-topics",
+        request_timeout_ms=settings.request_timeout_ms,
+    )
 
 
 def _away(settings: LogSettings, error: Exception) -> LogUnavailable:

@@ -3,21 +3,28 @@
 `Ada` is a person with a token who talks to it over HTTP; `pictures` makes bytes that pass for files.
 """
 
+import asyncio
 import contextlib
 import hashlib
 import itertools
+import os
+import sys
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+from pydantic import SecretStr
 
 from services.api.main import serving_api
 from services.auth import make_token
+from services.embedded.folders import free_ports
 from services.settings import Settings
+from services.tail import Tail
 
 SECRET = "a secret for tests that is long enough"
+DONE_TIMEOUT_S = 60
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"
 
 _numbers = itertools.count(1)
@@ -87,6 +94,7 @@ class RunningApi:
     url: str
     settings: Settings
     stack: contextlib.AsyncExitStack
+    tail: Tail
 
     @property
     def blobs(self) -> list[Path]:
@@ -104,7 +112,82 @@ class RunningApi:
 @contextlib.asynccontextmanager
 async def running_api(settings: Settings) -> AsyncIterator[RunningApi]:
     async with serving_api(settings) as api, contextlib.AsyncExitStack() as stack:
-        yield RunningApi(f"http://127.0.0.1:{api.port}", settings, stack)
+        yield RunningApi(f"http://127.0.0.1:{api.port}", settings, stack, api.tail)
+
+
+@contextlib.asynccontextmanager
+async def processor_beside(settings: Settings) -> AsyncIterator[None]:
+    """The processor of an api's lane, in a process of its own."""
+    environment = {
+        "SLUICE_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+        "SLUICE_DATABASE_URL": settings.database_url.get_secret_value(),
+        "SLUICE_LOG_TOPIC": settings.log_topic,
+        "SLUICE_PROGRESS_TOPIC": settings.progress_topic,
+        "SLUICE_BLOB_URL": settings.blob_url,
+        "SLUICE_PROCESSOR_PORT": str(free_ports(1)[0]),
+    }
+    processor = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.processor", env={**os.environ, **environment}
+    )
+    try:
+        yield
+    finally:
+        processor.kill()
+        await processor.wait()
+
+
+def environment_of(settings: Settings) -> dict[str, str]:
+    """These settings as a process of its own reads them."""
+    found = {}
+    for name in settings.model_fields_set:
+        value = getattr(settings, name)
+        shown = value.get_secret_value() if isinstance(value, SecretStr) else value
+        found[f"SLUICE_{name.upper()}"] = str(shown)
+    return found
+
+
+@contextlib.asynccontextmanager
+async def api_beside(settings: Settings) -> AsyncIterator[str]:
+    """Another api, in a process of its own; its address, once it is ready."""
+    port = free_ports(1)[0]
+    environment = {**os.environ, **environment_of(settings), "SLUICE_API_PORT": str(port)}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.api", env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        await _until_ready(url, process)
+        yield url
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await asyncio.wait_for(process.wait(), DONE_TIMEOUT_S)
+
+
+async def _until_ready(url: str, process: asyncio.subprocess.Process) -> None:
+    async with asyncio.timeout(DONE_TIMEOUT_S), httpx.AsyncClient(trust_env=False) as http:
+        while process.returncode is None:
+            with contextlib.suppress(httpx.TransportError):
+                if (await http.get(f"{url}/readyz")).status_code == httpx.codes.OK:
+                    return
+            await asyncio.sleep(0.05)
+    raise AssertionError(f"the api ended with {process.returncode} before it was ready")
+
+
+@contextlib.asynccontextmanager
+async def person_at(url: str, name: str) -> AsyncIterator[Person]:
+    """Somebody with a token, at the api of this address."""
+    headers = {"Authorization": f"Bearer {make_token(name, SECRET, ttl_s=3600)}"}
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30, trust_env=False) as http:
+        yield Person(name, http)
+
+
+async def ended(person: Person, batch_id: str) -> dict[str, Any]:
+    """The batch when it came to its end; fails the test after DONE_TIMEOUT_S."""
+    async with asyncio.timeout(DONE_TIMEOUT_S):
+        while True:
+            batch: dict[str, Any] = (await person.get(f"/v1/batches/{batch_id}")).json()
+            if batch["completed_at"] is not None:
+                return batch
+            await asyncio.sleep(0.05)
 
 
 def code_of(answer: httpx.Response) -> str:

@@ -494,6 +494,7 @@ async def test_every_wrong_request_is_answered_with_a_problem(api: RunningApi, a
     for code, given in answers.items():
         assert [code_of(answer) for answer in given] == [code] * len(given)
     assert answers["unauthorized"][0].headers["WWW-Authenticate"] == "Bearer"
+    assert answers["method_not_allowed"][0].headers["Allow"] == "GET, POST"
 
 
 async def test_a_broken_form_leaves_nothing_behind(api: RunningApi, ada: Person) -> None:

@@ -6,12 +6,23 @@ import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
-from tests.integration.api_client import Person, RunningApi, a_picture, api_settings, code_of, running_api
+from tests.integration.api_client import (
+    Person,
+    RunningApi,
+    a_picture,
+    api_settings,
+    code_of,
+    ended,
+    processor_beside,
+    running_api,
+)
 
 BACK_TIMEOUT_S = 30
 
@@ -32,6 +43,18 @@ async def answered(ask: Callable[[], Awaitable[httpx.Response]], expected: int |
             answer = await ask()
             if expected in (answer.status_code, answer.json().get("code")):
                 return answer
+            await asyncio.sleep(0.1)
+
+
+async def answered_with(
+    ask: Callable[[], Awaitable[httpx.Response]], expected: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """Ask again until the body is as expected; fails after a while."""
+    async with asyncio.timeout(BACK_TIMEOUT_S):
+        while True:
+            body: dict[str, Any] = (await ask()).json()
+            if expected(body):
+                return body
             await asyncio.sleep(0.1)
 
 
@@ -79,6 +102,96 @@ async def test_while_kafka_hangs_writes_are_refused_or_unknown_and_reads_go_on(
         assert (status["mode"], len(status["degraded"]) > 0) == ("degraded", True)
         assert back.json()["batch"]["total_uploads"] == 1
         assert ready.json()["problems"] == []
+
+
+async def test_a_kafka_that_was_stopped_is_found_again(
+    database_url: str, unique: str, tmp_path: Path, data_dir: Path
+) -> None:
+    kafka = EmbeddedKafka(data_dir=data_dir)
+    await kafka.start()
+    settings = api_settings(
+        kafka=kafka.bootstrap_servers, database_url=database_url, unique=unique, blobs=tmp_path / "blobs"
+    )
+    try:
+        async with running_api(settings) as api, processor_beside(settings):
+            ada = await api.person("ada")
+            known = (await ada.send("/v1/batches", {"a.jpg": a_picture()})).json()["batch"]["id"]
+            done = await ended(ada, known)
+            await ada.get("/v1/batches", min_position=done["position"])
+            port = kafka.port
+
+            await kafka.stop()
+            refused = await answered(lambda: ada.post("/v1/batches", json={}), "log_unavailable")
+            status = await answered_with(lambda: ada.get("/v1/status"), lambda body: body["mode"] == "degraded")
+            read = [await ada.get(path) for path in ("/v1/batches", f"/v1/batches/{known}")]
+            uploads = await ada.get(f"/v1/batches/{known}/uploads")
+            past = await ada.get(f"/v1/batches/{known}/events")
+            unready = await answered(lambda: health(api), 503)
+            kafka = EmbeddedKafka(data_dir=data_dir, port=port)
+            await kafka.start()
+            made = await answered(lambda: ada.post("/v1/batches", json={}), 201)
+            full = await answered_with(lambda: ada.get("/v1/status"), lambda body: body["mode"] == "full")
+
+            assert int(refused.headers["Retry-After"]) > 0
+            assert "log" in " ".join(status["degraded"])
+            assert [answer.status_code for answer in read] == [200, 200]
+            assert (read[0].json()["items"], read[1].json()) == ([done], done)
+            assert uploads.json()["items"][0]["status"] == "failed"
+            assert (past.status_code, code_of(past)) == (503, "log_unavailable")
+            assert unready.json()["problems"]
+            assert made.json()["id"] != known
+            assert full["degraded"] == []
+    finally:
+        await kafka.stop()
+
+
+async def test_while_postgres_hangs_what_the_tail_knows_goes_on(
+    kafka: str, unique: str, tmp_path: Path, data_dir: Path
+) -> None:
+    async with EmbeddedPostgres(data_dir=data_dir) as postgres:
+        settings = api_settings(kafka=kafka, database_url=postgres.url, unique=unique, blobs=tmp_path / "blobs")
+        async with running_api(settings) as api:
+            ada = await api.person("ada")
+            open_batch = await ada.opens_batch()
+
+            with contextlib.ExitStack() as hanging:
+                for process in (psutil.Process(postgres.pid), *psutil.Process(postgres.pid).children(recursive=True)):
+                    hanging.enter_context(paused(process.pid))
+                made = await ada.send("/v1/batches", {"a.jpg": a_picture()})
+                added = await ada.put(open_batch, "a.jpg", a_picture())
+                read = await ada.get(f"/v1/batches/{open_batch}")
+                status = await answered_with(lambda: ada.get("/v1/status"), lambda body: body["mode"] == "degraded")
+                listed = await answered(lambda: ada.get("/v1/batches"), "database_unavailable")
+            back = await answered_with(
+                lambda: ada.get("/v1/status"), lambda body: "database" not in " ".join(body["degraded"])
+            )
+            found = await ada.get(f"/v1/batches/{made.json()['batch']['id']}")
+
+            assert (made.status_code, added.status_code, read.json()["total_uploads"]) == (202, 202, 1)
+            assert "database" in " ".join(status["degraded"])
+            assert listed.status_code == 503
+            assert back["oldest_unfinished_s"] is None  # nothing is projected here
+            assert found.json() == made.json()["batch"]
+
+
+async def test_that_no_processor_works_is_said_while_everything_else_goes_on(
+    kafka: str, database_url: str, unique: str, tmp_path: Path
+) -> None:
+    settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
+    async with running_api(settings) as api:
+        ada = await api.person("ada")
+        made = await ada.send("/v1/batches", {"a.jpg": a_picture()})
+
+        said = await answered_with(lambda: ada.get("/v1/status"), lambda body: body["mode"] == "degraded")
+        ready = await health(api)
+        async with processor_beside(settings):
+            full = await answered_with(lambda: ada.get("/v1/status"), lambda body: body["mode"] == "full")
+            await ended(ada, made.json()["batch"]["id"])
+
+        assert "no processor works" in said["degraded"][0]
+        assert said["lag"] > 0
+        assert ready.status_code == 200
+        assert full["degraded"] == []
 
 
 async def test_while_postgres_is_away_what_the_tail_knows_goes_on(kafka: str, unique: str, tmp_path: Path) -> None:

@@ -1,20 +1,27 @@
 """The api beside a real processor: read models, pages, positions, results, and what a retry or a removal brings."""
 
 import asyncio
-import os
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
 from services.demo import PICTURES
-from services.embedded.folders import free_ports
-from tests.integration.api_client import Person, RunningApi, a_picture, api_settings, code_of, running_api
+from tests.integration.api_client import (
+    DONE_TIMEOUT_S,
+    Person,
+    RunningApi,
+    a_picture,
+    api_settings,
+    code_of,
+    ended,
+    processor_beside,
+    running_api,
+)
 
-DONE_TIMEOUT_S = 60
 GONE_TIMEOUT_S = 10
 
 
@@ -22,38 +29,13 @@ GONE_TIMEOUT_S = 10
 async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> AsyncIterator[RunningApi]:
     """An api and, in a process of its own, the processor of its lane."""
     settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
-    environment = {
-        "SLUICE_KAFKA_BOOTSTRAP_SERVERS": kafka,
-        "SLUICE_DATABASE_URL": database_url,
-        "SLUICE_LOG_TOPIC": settings.log_topic,
-        "SLUICE_PROGRESS_TOPIC": settings.progress_topic,
-        "SLUICE_BLOB_URL": settings.blob_url,
-        "SLUICE_PROCESSOR_PORT": str(free_ports(1)[0]),
-    }
-    async with running_api(settings) as running:
-        processor = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.processor", env={**os.environ, **environment}
-        )
-        try:
-            yield running
-        finally:
-            processor.kill()
-            await processor.wait()
+    async with running_api(settings) as running, processor_beside(settings):
+        yield running
 
 
 @pytest.fixture
 async def ada(api: RunningApi) -> Person:
     return await api.person("ada")
-
-
-async def ended(person: Person, batch_id: str) -> dict[str, Any]:
-    """The batch when it came to its end."""
-    async with asyncio.timeout(DONE_TIMEOUT_S):
-        while True:
-            batch: dict[str, Any] = (await person.get(f"/v1/batches/{batch_id}")).json()
-            if batch["completed_at"] is not None:
-                return batch
-            await asyncio.sleep(0.05)
 
 
 async def pages(person: Person, path: str, **params: Any) -> AsyncIterator[list[dict[str, Any]]]:
@@ -109,6 +91,65 @@ async def test_pages_neither_repeat_nor_miss_while_others_write(ada: Person) -> 
 
     assert seen_batches == batch_ids[::-1]
     assert seen_uploads == [upload["id"] for upload in last.json()["accepted"]]
+
+
+async def test_a_page_is_the_same_whatever_happened_to_what_stands_on_it(ada: Person) -> None:
+    batch_ids = [await ada.opens_batch() for _ in range(6)]
+    files = {f"{number}.jpg": a_picture() for number in range(6)}
+    last = await ada.send(f"/v1/batches/{batch_ids[0]}/uploads", files)
+    position = last.headers["Sluice-Position"]
+    first = (await ada.get("/v1/batches", limit=2, min_position=position)).json()
+    first_uploads = (await ada.get(f"/v1/batches/{batch_ids[0]}/uploads", limit=2)).json()
+
+    await ada.http.delete(f"/v1/batches/{batch_ids[4]}")  # the one the first page ended with
+    await ada.put(batch_ids[0], "late.jpg", a_picture())
+    cancelled = await ada.post(f"/v1/batches/{batch_ids[3]}/cancel")
+    position = cancelled.headers["Sluice-Position"]
+    rest = (await ada.get("/v1/batches", cursor=first["next_cursor"], min_position=position)).json()
+    rest_uploads = await ada.get(f"/v1/batches/{batch_ids[0]}/uploads", cursor=first_uploads["next_cursor"])
+
+    assert [batch["id"] for batch in first["items"]] == [batch_ids[5], batch_ids[4]]
+    assert [batch["id"] for batch in rest["items"]] == [batch_ids[3], batch_ids[2], batch_ids[1], batch_ids[0]]
+    assert [upload["filename"] for upload in first_uploads["items"]] == ["0.jpg", "1.jpg"]
+    assert [upload["filename"] for upload in rest_uploads.json()["items"]] == [
+        "2.jpg",
+        "3.jpg",
+        "4.jpg",
+        "5.jpg",
+        "late.jpg",
+    ]
+
+
+async def test_what_has_not_changed_is_not_sent_again(ada: Person) -> None:
+    files = {"cat.png": (PICTURES / "cat.png").read_bytes()}
+    made = (await ada.send("/v1/batches", files)).json()
+    batch_id = made["batch"]["id"]
+    await ended(ada, batch_id)
+    await ada.get("/v1/batches", min_position=(await ended(ada, batch_id))["position"])
+    paths = [
+        "/v1/batches",
+        f"/v1/batches/{batch_id}",
+        f"/v1/batches/{batch_id}/uploads",
+        f"/v1/batches/{batch_id}/events",
+        f"/v1/uploads/{made['accepted'][0]['id']}",
+    ]
+
+    first = [await ada.get(path) for path in paths]
+    tags = [answer.headers["ETag"] for answer in first]
+    again = [await conditional(ada, path, tag) for path, tag in zip(paths, tags, strict=True)]
+    other = [await conditional(ada, path, '"other"') for path in paths]
+    deleted = await ada.http.delete(f"/v1/batches/{batch_id}")
+    await ada.get("/v1/batches", min_position=deleted.headers["Sluice-Position"])
+    changed = [await conditional(ada, path, tag) for path, tag in zip(paths, tags, strict=True)]
+
+    assert [(answer.status_code, answer.content) for answer in again] == [(304, b"")] * len(paths)
+    assert [answer.headers["ETag"] for answer in again] == tags
+    assert [answer.content for answer in other] == [answer.content for answer in first]
+    assert [answer.status_code for answer in changed] == [200, 404, 404, 404, 404]
+
+
+async def conditional(person: Person, path: str, tag: str) -> httpx.Response:
+    return await person.http.get(path, headers={"If-None-Match": f'"no", W/{tag}'})
 
 
 async def test_lists_are_filtered_by_status(ada: Person) -> None:

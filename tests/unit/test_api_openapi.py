@@ -6,20 +6,25 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
+import jsonschema
 import pytest
 from fastapi import FastAPI
 
 from schemas.errors import Code
+from schemas.generate import GENERATED, text_of
 from services.api.app import build_app
-from services.api.openapi import document
+from services.api.openapi import document, main
 from services.api.pages import home, reference
+from services.api.promises import CODES
 from services.api.resources import Resources
+from services.api.samples import OF_SCHEMA
 from services.settings import Settings
 
 OF_THE_CONTRACT = {
     ("post", "/v1/batches"),
     ("get", "/v1/batches"),
     ("get", "/v1/batches/{batch_id}"),
+    ("get", "/v1/batches/{batch_id}/events"),
     ("delete", "/v1/batches/{batch_id}"),
     ("post", "/v1/batches/{batch_id}/uploads"),
     ("get", "/v1/batches/{batch_id}/uploads"),
@@ -45,7 +50,8 @@ def app() -> FastAPI:
     """The app without anything behind it: enough for what is answered before a token was seen."""
     settings = Settings(jwt_secret="a secret for tests that is long enough")
     limits = SimpleNamespace(files_max=1, batch_bytes_max=1, file_bytes_max=1)
-    return build_app(cast("Resources", SimpleNamespace(settings=settings, limits=limits, all_problems=list)))
+    health = SimpleNamespace(problems=list)
+    return build_app(cast("Resources", SimpleNamespace(settings=settings, limits=limits, health=health)))
 
 
 def calls(found: dict[str, Any]) -> set[tuple[str, str]]:
@@ -74,11 +80,76 @@ def test_the_document_describes_the_calls_of_the_contract(app: FastAPI) -> None:
 def test_every_reference_in_the_document_leads_somewhere(app: FastAPI) -> None:
     found = document(app)
 
-    names = {name.removeprefix("#/components/schemas/") for name in references(found)}
+    named = {tuple(reference.split("/")[-2:]) for reference in references(found)}
 
-    assert names
-    assert names <= set(found["components"]["schemas"])
+    assert {kind for kind, _ in named} == {"schemas", "headers", "examples"}
+    assert {name for kind, name in named if name not in found["components"][kind]} == set()
     assert found["components"]["schemas"]["Problem"]["properties"]["code"]["enum"] == list(Code)
+
+
+def test_the_committed_document_is_what_the_api_says(app: FastAPI) -> None:
+    committed = (GENERATED / "openapi.json").read_text(encoding="utf-8")
+
+    assert committed == text_of(document(app)), "run python -m services.api.openapi > schemas/generated/openapi.json"
+
+
+def test_the_command_prints_the_committed_document(capsys: pytest.CaptureFixture[str]) -> None:
+    main()
+
+    assert capsys.readouterr().out == (GENERATED / "openapi.json").read_text(encoding="utf-8")
+
+
+def test_every_call_says_what_may_come_of_it(app: FastAPI) -> None:
+    for path, methods in document(app)["paths"].items():
+        for method, call in methods.items():
+            statuses = set(call["responses"])
+            assert call["operationId"]
+            assert call["summary"]
+            assert "500" in statuses
+            assert statuses & {"200", "201", "202", "204"}, (method, path)
+            assert {"401", "403", "429"} <= statuses or path in WITHOUT_TOKEN
+            for status, response in call["responses"].items():
+                assert response["description"] != "Successful Response"
+                assert ("application/problem+json" in response.get("content", {})) == (
+                    status >= "400" and status != "416" and (path, status) != ("/readyz", "503")
+                )
+
+
+def test_every_code_is_promised_by_some_call_and_shown_with_an_example(app: FastAPI) -> None:
+    promised = set().union(*CODES.values())
+
+    assert set(Code) - promised == {Code.INTERNAL_ERROR, Code.METHOD_NOT_ALLOWED}
+    assert set(document(app)["components"]["examples"]) == set(Code)
+
+
+def test_every_example_is_of_the_shape_it_stands_beside(app: FastAPI) -> None:
+    found = document(app)
+    schemas = {"$id": "urn:document", "components": found["components"]}
+    checked = 0
+
+    for schema, example in examples(found):
+        whole = {"$ref": schema["$ref"], **schemas} if "$ref" in schema else schema
+        jsonschema.Draft202012Validator(whole).validate(example)
+        checked += 1
+    for problem in found["components"]["examples"].values():
+        whole = {"$ref": "#/components/schemas/Problem", **schemas}
+        jsonschema.Draft202012Validator(whole).validate(problem["value"])
+
+    shown = {name for name in found["components"]["schemas"] if name in OF_SCHEMA}
+    assert shown == set(OF_SCHEMA)
+    assert checked > len(OF_SCHEMA)
+
+
+def examples(value: Any) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Every example with the schema beside it."""
+    if isinstance(value, dict):
+        if "example" in value and "schema" in value:
+            yield value["schema"], value["example"]
+        for each in value.values():
+            yield from examples(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from examples(each)
 
 
 @pytest.mark.parametrize(("method", "path"), sorted(OF_THE_CONTRACT))
