@@ -19,8 +19,8 @@ from typing import BinaryIO, TypeVar
 
 T = TypeVar("T")
 
-_NAME = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/[A-Za-z0-9_-]{1,100}", re.ASCII)
-_THUMBNAIL = re.compile(r"thumb-(\d+)-(\d+)", re.ASCII)
+NAME = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}/[A-Za-z0-9_-]{1,100}", re.ASCII)
+THUMBNAIL = re.compile(r"thumb-(\d+)-(\d+)", re.ASCII)
 _RANDOM_BYTES = 9
 _THREADS_MAX = 8
 _READ_BYTES = 256 * 1024
@@ -70,7 +70,7 @@ class BlobStore:
 
     def path(self, name: str) -> Path:
         """Where the blob's bytes lie on this machine; raises BlobMissing for what is no blob's name."""
-        if not _NAME.fullmatch(name):
+        if not NAME.fullmatch(name):
             raise BlobMissing(f"{name[:80]!r} is not the name of a blob")
         return self.folder / name
 
@@ -144,7 +144,7 @@ class BlobStore:
     def _thumbnail(self, upload_id: str, attempt: int) -> str:
         folder = self.path(f"{upload_id}/any").parent
         files = folder.iterdir() if folder.is_dir() else ()
-        found = (_THUMBNAIL.fullmatch(file.name) for file in files)
+        found = (THUMBNAIL.fullmatch(file.name) for file in files)
         epochs = [int(match[1]) for match in found if match and int(match[2]) == attempt]
         if not epochs:
             raise BlobMissing(f"upload {upload_id} has no thumbnail")

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.text import Text
 
 from schemas.ids import is_id
-from services.cli import connection, up
+from services.cli import connection, operator_app, up
 from services.cli.board import Board
 from services.cli.client import Api
 from services.cli.connection import DEFAULT_DATA_DIR, TOKEN_TTL_S
@@ -28,11 +28,13 @@ from services.cli.display import (
     display,
     members,
     outcomes,
+    past_line,
     print_json,
     print_line,
 )
 from services.cli.errors import EXIT_FAILURE, EXIT_WRONG_USE, CliError, Refused, WrongUse
 from services.cli.hints import addresses, data_dir_option, program, up_hints
+from services.cli.options import AsJson, DataDir, Port
 from services.cli.parts import Say
 from services.cli.sending import Sent, check_files, send
 from services.cli.watching import follow, send_and_follow
@@ -44,16 +46,12 @@ BATCHES_SHOWN = 10
 PART_STYLES = {"api": "green", "processor": "magenta", "notifier": "cyan", "kafka": "yellow", "postgres": "blue"}
 T = TypeVar("T")
 
-DataDir = Annotated[Path, typer.Option(help="Folder of the data, and of what a running `up` wrote about itself.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Another port than the default; 0: any free one.")]
-
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Sluice: uploads that are not lost, with progress that is true.",
 )
+app.add_typer(operator_app.log, name="log")
 
 
 def main() -> None:
@@ -97,15 +95,20 @@ def up_command(
 
 @app.command("demo")
 def demo_command(
-    data_dir: DataDir = DEFAULT_DATA_DIR / "demo", api_port: Port = None, notifier_port: Port = None
+    data_dir: DataDir = DEFAULT_DATA_DIR / "demo",
+    api_port: Port = None,
+    notifier_port: Port = None,
+    *,
+    as_json: AsJson = False,
 ) -> None:
     """Start everything, send real pictures through it and show what becomes of them.
 
-    With a terminal it stays up until Ctrl-C; without one it stops. Exits 0 only if every outcome was as it should be.
+    With a terminal it stays up until Ctrl-C; without one, or with --json, it stops. Exits 0 only if every outcome was
+    as it should be.
     """
     plan = up.plan(data_dir=data_dir, api_port=api_port, notifier_port=notifier_port, any_port=True)
     console = console_of()
-    demo = Demo(plan, console=console, stays=console.is_terminal)
+    demo = Demo(plan, console=console, stays=console.is_terminal and not as_json, as_json=as_json)
     asyncio.run(up.until_signal(demo.run(_sayer())))
     if demo.complaints or not demo.clean:
         _fail(
@@ -119,14 +122,18 @@ def upload_command(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     name: Annotated[str | None, typer.Option(help="A name for the batch.")] = None,
     *,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the batch's id and nothing else.")] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Show the work on them until it is done.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Send files as one batch. Exits 1 if one was refused, or with --watch if one failed."""
     check_files(files)
-    sent, uploads = _run(_upload(connection.find(data_dir=data_dir), files, name=name, watch=watch, as_json=as_json))
+    here = connection.find(data_dir=data_dir)
+    sent, uploads = _run(_upload(here, files, name=name, watch=watch, silent=as_json or quiet))
     failed = watch and any(upload["status"] != "completed" for upload in uploads)
-    if as_json:
+    if quiet:
+        print_line(sent.batch["id"])
+    elif as_json:
         print_json({"batch": sent.batch, "accepted": uploads, "rejected": sent.rejected})
     else:
         _show_sent(sent, uploads, watched=watch, data_dir=data_dir)
@@ -160,17 +167,79 @@ def watch_command(batch: str, data_dir: DataDir = DEFAULT_DATA_DIR, *, as_json: 
 def status_command(
     which: Annotated[str | None, typer.Argument(metavar="[BATCH|UPLOAD]")] = None,
     data_dir: DataDir = DEFAULT_DATA_DIR,
+    at: Annotated[str | None, typer.Option(metavar="POSITION|TIME", help="The batch as it was there or then.")] = None,
     *,
     as_json: AsJson = False,
 ) -> None:
     """Show how Sluice is and the newest batches, or one batch, or one upload."""
     if which is not None:
         _require_id(which)
+    elif at is not None:
+        raise WrongUse("--at needs the batch that is to be shown as it was.")
     here = connection.find(data_dir=data_dir)
-    if which is None:
+    if at is not None and which is not None:
+        _show_thing(_run(_batch_at(here, which, at)), None, as_json=as_json)
+    elif which is None:
         _show_service(*_run(_service_status(here)), as_json=as_json)
     else:
         _show_thing(*_run(_thing_status(here, which)), as_json=as_json)
+
+
+@app.command("history")
+def history_command(batch: str, data_dir: DataDir = DEFAULT_DATA_DIR, *, as_json: AsJson = False) -> None:
+    """Show what happened to a batch, oldest first. With --json one JSON object a line."""
+    _require_id(batch)
+
+    async def story() -> None:
+        async with Api.open(connection.find(data_dir=data_dir)) as api:
+            async for event in api.events(batch):
+                if as_json:
+                    print_json(event, indent=None)
+                else:
+                    print_line(past_line(event))
+
+    _run(story())
+
+
+@app.command("cancel")
+def cancel_command(batch: str, data_dir: DataDir = DEFAULT_DATA_DIR, *, as_json: AsJson = False) -> None:
+    """Stop the work on a batch for good; what is done stays done. Cancelling twice changes nothing."""
+    _require_id(batch)
+
+    async def story() -> dict[str, Any]:
+        async with Api.open(connection.find(data_dir=data_dir)) as api:
+            return await api.cancel(batch)
+
+    found = _run(story())
+    if as_json:
+        print_json(found)
+    else:
+        print_line(
+            f"batch {found['id']} is {found['status']}: {found['cancelled_uploads']} files cancelled, "
+            f"{found['successful_uploads']} completed, {found['failed_uploads']} failed"
+        )
+
+
+@app.command("retry")
+def retry_command(
+    which: Annotated[str, typer.Argument(metavar="BATCH|UPLOAD")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Try again what failed: one upload, or all failed ones of a batch."""
+    _require_id(which)
+    found = _run(_retry(connection.find(data_dir=data_dir), which))
+    if as_json:
+        print_json(found)
+        return
+    batch_id = found.get("batch_id", found["id"])
+    print_line(f"{'upload' if 'batch_id' in found else 'batch'} {found['id']} is {found['status']}")
+    print_line(f"watch it:  {program()} watch{data_dir_option(data_dir)} {batch_id}")
+
+
+app.command("sweep")(operator_app.sweep_command)
+app.command("doctor")(operator_app.doctor_command)
 
 
 @app.command("token")
@@ -194,14 +263,14 @@ def token_command(
 
 
 async def _upload(
-    here: connection.Connection, files: list[Path], *, name: str | None, watch: bool, as_json: bool
+    here: connection.Connection, files: list[Path], *, name: str | None, watch: bool, silent: bool
 ) -> tuple[Sent, list[dict[str, Any]]]:
     """What was sent, and the uploads: right after they were taken, or with `watch` as they ended."""
     async with Api.open(here) as api:
         if not watch:
             sent = await send(api, await api.create_batch(name=name), files)
             return sent, sent.accepted
-        if as_json:
+        if silent:
             sent, board = await send_and_follow(api, token=here.token, files=files, name=name, shown=Silence())
         else:
             async with display() as shown:
@@ -213,6 +282,11 @@ async def _upload(
 async def _service_status(here: connection.Connection) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     async with Api.open(here) as api:
         return await api.status(), await api.batches(limit=BATCHES_SHOWN)
+
+
+async def _batch_at(here: connection.Connection, batch_id: str, at: str) -> dict[str, Any]:
+    async with Api.open(here) as api:
+        return await api.batch(batch_id, at=at)
 
 
 async def _thing_status(here: connection.Connection, which: str) -> tuple[dict[str, Any], list[dict[str, Any]] | None]:
@@ -230,7 +304,27 @@ async def _thing_status(here: connection.Connection, which: str) -> tuple[dict[s
         except Refused as refusal:
             if refusal.code != "not_found":
                 raise
-            raise CliError(f"There is neither a batch nor an upload {which} of this user at {here.api}.") from None
+            raise _nothing_of(which, here) from None
+
+
+async def _retry(here: connection.Connection, which: str) -> dict[str, Any]:
+    """The batch or the upload as it is after its retry."""
+    async with Api.open(here) as api:
+        try:
+            return await api.retry_batch(which)
+        except Refused as refusal:
+            if refusal.code != "not_found":
+                raise
+        try:
+            return await api.retry_upload(which)
+        except Refused as refusal:
+            if refusal.code != "not_found":
+                raise
+            raise _nothing_of(which, here) from None
+
+
+def _nothing_of(which: str, here: connection.Connection) -> CliError:
+    return CliError(f"There is neither a batch nor an upload {which} of this user at {here.api}.")
 
 
 def _show_up(stack: up.Stack, plan: up.Plan) -> None:

@@ -77,8 +77,19 @@ class Api:
         items: list[dict[str, Any]] = (await self._get("/v1/batches", limit=limit))["items"]
         return items
 
-    async def batch(self, batch_id: str, *, min_position: str | None = None) -> dict[str, Any]:
-        return await self._get(f"/v1/batches/{quote(batch_id, safe='')}", min_position=min_position)
+    async def batch(self, batch_id: str, *, min_position: str | None = None, at: str | None = None) -> dict[str, Any]:
+        """The batch, or with `at` as it was at a position or a time."""
+        return await self._get(f"/v1/batches/{quote(batch_id, safe='')}", min_position=min_position, at=at)
+
+    async def events(self, batch_id: str) -> AsyncIterator[dict[str, Any]]:
+        """All that happened to a batch, oldest first."""
+        cursor: str | None = None
+        while True:
+            page = await self._get(f"/v1/batches/{quote(batch_id, safe='')}/events", limit=PAGE_ITEMS, cursor=cursor)
+            for event in page["items"]:
+                yield event
+            if (cursor := page["next_cursor"]) is None:
+                return
 
     async def upload(self, upload_id: str) -> dict[str, Any]:
         return await self._get(f"/v1/uploads/{quote(upload_id, safe='')}")
@@ -123,6 +134,22 @@ class Api:
                 return self._http.build_request("POST", url, files={"files": (file.name, content)}, headers=headers)
 
             return await self._write(build)
+
+    async def cancel(self, batch_id: str) -> dict[str, Any]:
+        url = f"/v1/batches/{quote(batch_id, safe='')}/cancel"
+        return await self._write(lambda: self._http.build_request("POST", url))
+
+    async def retry_batch(self, batch_id: str) -> dict[str, Any]:
+        """Queue every failed upload of the batch again; the batch."""
+        return await self._retry(f"/v1/batches/{quote(batch_id, safe='')}/retry")
+
+    async def retry_upload(self, upload_id: str) -> dict[str, Any]:
+        """Queue a failed upload again; the upload."""
+        return await self._retry(f"/v1/uploads/{quote(upload_id, safe='')}/retry")
+
+    async def _retry(self, url: str) -> dict[str, Any]:
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        return await self._write(lambda: self._http.build_request("POST", url, headers=headers))
 
     async def seal(self, batch_id: str) -> dict[str, Any]:
         url = f"/v1/batches/{quote(batch_id, safe='')}/seal"

@@ -4,6 +4,7 @@ The demo judges itself: every picture must complete and the one that is broken o
 Which those are: `services/demo`; how all is started: `up.py`.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from services.cli import connection, up
 from services.cli.client import Api
 from services.cli.connection import Connection
-from services.cli.display import clean, display, outcomes
+from services.cli.display import Silence, clean, display, outcomes, print_json
 from services.cli.hints import addresses, curl_hints
 from services.cli.parts import Say
 from services.cli.sending import Sent
@@ -23,12 +24,13 @@ from services.demo import FAILURES, pictures
 class Demo:
     """One run. `complaints` is what did not go as it should; empty after a run where all did."""
 
-    def __init__(self, plan: up.Plan, *, console: Console, stays: bool) -> None:
+    def __init__(self, plan: up.Plan, *, console: Console, stays: bool, as_json: bool = False) -> None:
         self.complaints: list[str] = ["the demo did not come to its end"]
         self.clean = True
         self._plan = plan
         self._console = console
         self._stays = stays
+        self._as_json = as_json
 
     async def run(self, say: Say) -> None:
         """Start, send, watch, judge; with a terminal stay up until told to stop."""
@@ -37,13 +39,18 @@ class Demo:
             here = Connection(api=stack.endpoints["api"], token=token)
             sent, uploads = await stack.parts.unless_one_ends(self._send(here))
             self.complaints = judge(uploads, sent.rejected)
-            self._show(stack, sent, uploads, here)
+            if self._as_json:
+                print_json({"complaints": self.complaints, "accepted": uploads, "rejected": sent.rejected})
+            else:
+                self._show(stack, sent, uploads, here)
             if self._stays:
                 await stack.parts.until_one_ends()
         self.clean = stack.clean
 
     async def _send(self, here: Connection) -> tuple[Sent, list[dict[str, Any]]]:
-        async with Api.open(here) as api, display() as shown:
+        async with contextlib.AsyncExitStack() as stack:
+            api = await stack.enter_async_context(Api.open(here))
+            shown = Silence() if self._as_json else await stack.enter_async_context(display())
             sent, board = await send_and_follow(api, token=here.token, files=pictures(), name="demo", shown=shown)
             return sent, await api.uploads(board.batch_id, min_position=board.position)
 

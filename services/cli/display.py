@@ -26,6 +26,7 @@ NAME_COLUMNS = 24
 BAR_COLUMNS = 24
 PLAIN_COLUMNS = 200
 UNKNOWN = "?"
+TOLD_CHARACTERS_MAX = 80
 STATUS_STYLES = {
     "completed": "green",
     "failed": "red",
@@ -148,8 +149,9 @@ def render(board: Board) -> RenderableType:
 
 
 def _files(board: Board) -> str:
-    """`3/16 files`, `3/16+ files` while some may still be added."""
-    return f"{board.done}/{board.total}{'' if board.counts.get('sealed') else '+'} files"
+    """`3/16 files`; `3/16+ files` while it is not known how many come."""
+    known = board.counts.get("sealed") or board.announced_files
+    return f"{board.done}/{board.total}{'' if known else '+'} files"
 
 
 def _file_cells(board: Board) -> tuple[RenderableType, RenderableType, RenderableType]:
@@ -279,6 +281,21 @@ def _failure(board: Board, message: Mapping[str, Any]) -> str:
 def _words(name: str) -> str:
     """`BatchSealed` → `batch sealed`."""
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
+
+
+def past_line(event: Mapping[str, Any]) -> str:
+    """A fact of a batch's history as one line: time, position, what happened, to which upload, the rest."""
+    data = {name: value for name, value in event["data"].items() if name not in ("batch_id", "user_id")}
+    parts = [f"{name.removesuffix('_id')}={told(value)}" for name, value in data.items() if value not in (None, {}, [])]
+    ignored = f"(ignored: {event['ignored']})  " if event["ignored"] else ""
+    name = event["type"].split(".")[1]
+    return clean(f"{event['time']}  {event['position']:<15}  {name:<19}  {ignored}{'  '.join(parts)}").rstrip()
+
+
+def told(value: Any) -> str:
+    """A value for people: text as it is, all else as JSON, cut where it is long."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= TOLD_CHARACTERS_MAX else f"{text[: TOLD_CHARACTERS_MAX - 1]}…"
 
 
 def size(size_bytes: float) -> str:

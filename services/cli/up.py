@@ -28,6 +28,7 @@ from services.settings import Settings, load
 
 SERVICES = ("notifier", "processor", "api")
 """In the order of their start; they are stopped the other way round."""
+STOP_AFTER_DEATH_S = 5.0
 PORT_OPTIONS = {
     "api": "--api-port",
     "notifier": "--notifier-port",
@@ -68,12 +69,16 @@ def plan(
     ports: dict[str, Any] = {}
     for name in SERVICES:
         port: int = getattr(settings, f"{name}_port")
-        if port == 0 or (any_port and f"{name}_port" not in settings.model_fields_set and not _is_free(settings, port)):
+        if port == 0 or (any_port and f"{name}_port" not in settings.model_fields_set and not is_free(settings, port)):
             port = _another_port(taken=set(ports.values()))
-        elif not _is_free(settings, port):
+        elif not is_free(settings, port):
             raise WrongUse(
                 f"Port {port} of {settings.host}, where the {name} should listen, is taken. Stop what listens there, "
                 f"or choose another with {PORT_OPTIONS[name]} (0: any free one)."
+            )
+        if port in ports.values():
+            raise WrongUse(
+                f"Port {port} is asked for twice, the second time for the {name}; {PORT_OPTIONS[name]} names it."
             )
         ports[f"{name}_port"] = port
     data_dir = data_dir.absolute()
@@ -91,6 +96,8 @@ async def running(plan: Plan, *, say: Say, follow: bool) -> AsyncIterator[Stack]
     async with AsyncExitStack() as stopping:
         lock = await lock_folder(plan.data_dir)
         stopping.callback(lock.release)
+        if "jwt_secret" not in plan.settings.model_fields_set:
+            connection.keep_secret(plan.data_dir)  # made or refused now, not when the servers have started
         kafka, database_url = await _start_servers(plan, stack, stopping, say)
         environment = _environment(plan, kafka=kafka, database_url=database_url)
         started = [
@@ -230,7 +237,7 @@ async def _stop_all_at_once(stack: Stack, started: list[Service], say: Say) -> N
     """Where a part is missing the others cannot drain in good order: none should wait for another's limit."""
     say("up", "a part ended, stopping the others")
     await stack.parts.forget()
-    await asyncio.gather(*(service.process.stop() for service in started))
+    await asyncio.gather(*(service.process.stop(within_s=STOP_AFTER_DEATH_S) for service in started))
 
 
 def _environment(plan: Plan, *, kafka: str, database_url: str) -> dict[str, str]:
@@ -247,7 +254,7 @@ def _environment(plan: Plan, *, kafka: str, database_url: str) -> dict[str, str]
     }
 
 
-def _is_free(settings: Settings, port: int) -> bool:
+def is_free(settings: Settings, port: int) -> bool:
     try:
         socket.create_server((settings.host, port)).close()
     except OSError:

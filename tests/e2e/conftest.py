@@ -85,8 +85,9 @@ class Sluice:
         return Ended(process.returncode, out.decode(), err.decode())
 
     async def start(self, command: str | Path, *arguments: str | Path, **streams: Any) -> asyncio.subprocess.Process:
+        """`command` may be of two words, such as `log tail`."""
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.cli", command, "--data-dir", self.data_dir, *arguments),
+            *(sys.executable, "-m", "services.cli", *str(command).split(), "--data-dir", self.data_dir, *arguments),
             env=environment(),
             stdin=asyncio.subprocess.DEVNULL,
             **streams,
