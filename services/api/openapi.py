@@ -25,9 +25,12 @@ _WITHOUT_TOKEN = frozenset({"/v1/config", "/livez", "/readyz", "/metrics"})
 _CONDITIONAL = frozenset({"BatchView", "BatchPage", "UploadView", "UploadPage", "EventPage"})
 _DESCRIPTION = """Upload pictures and videos in batches, and follow what becomes of each.
 
-Send a token with every call: `Authorization: Bearer …`. A 2xx to a write says that it is in the log and took effect;
-its header `Sluice-Position` names where, and `?min_position=` on a GET waits for it. What goes wrong is answered as
-`application/problem+json` with a `code` that never changes its meaning."""
+Send a token with every call: `Authorization: Bearer …`. Its scopes (`scope`, or the list `scopes`) are `read` for GET
+and `write` for the rest; without any it has both. `RateLimit` tells how many requests are left to you.
+
+A 2xx to a write says that it is in the log and took effect; its header `Sluice-Position` names where, and
+`?min_position=` on a GET waits for it. What goes wrong is answered as `application/problem+json` with a `code` that
+never changes its meaning."""
 _TAGS = {
     "Batches": "A batch is a set of files of one user; it ends when all of them did.",
     "Uploads": "An upload is one file of a batch and what became of it.",

@@ -3,11 +3,15 @@
 The table below is written out from the contract, not derived from the code.
 """
 
+import re
+from pathlib import Path
+
 import pytest
 
 from schemas.batch import CODE_OF, Ignored
 from schemas.errors import MEANINGS, Code, RequestError, WorkCode, problem
 
+ERRORS_PAGE = (Path(__file__).parents[2] / "docs/errors.md").read_text(encoding="utf-8")
 STATUS_OF = {
     "invalid_request": 422,
     "invalid_position": 400,
@@ -86,6 +90,25 @@ def test_a_problem_document_has_the_members_of_rfc_9457_and_a_code() -> None:
         "rejected": [],
     }
     assert str(error) == "file_too_large: cat.jpg takes 200 bytes, 100 are allowed"
+
+
+@pytest.mark.parametrize("code", Code)
+def test_the_page_about_errors_says_what_a_code_means_and_what_to_do(code: Code) -> None:
+    rows = [line.split(" | ") for line in ERRORS_PAGE.splitlines() if line.startswith(f"| `{code}` | ")]
+
+    assert (f"| `{code}`", str(MEANINGS[code].status)) in [(row[0], row[1]) for row in rows]
+    assert all(len(cell.strip(" |")) > 5 for row in rows for cell in row[2:])
+
+
+@pytest.mark.parametrize("code", WorkCode)
+def test_the_page_about_errors_names_every_work_error(code: WorkCode) -> None:
+    assert re.search(rf"^\| `{code}` \| [^|]{{5,}} \| [^|]{{5,}} \|$", ERRORS_PAGE, re.MULTILINE)
+
+
+def test_the_page_about_errors_names_no_code_that_there_is_not() -> None:
+    named = set(re.findall(r"^\| `([a-z_]+)` \|", ERRORS_PAGE, re.MULTILINE))
+
+    assert named == {*map(str, Code), *map(str, WorkCode)}
 
 
 def test_errors_are_told_apart_by_identity() -> None:

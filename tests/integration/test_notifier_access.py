@@ -1,0 +1,64 @@
+"""Whose tokens the notifier takes: those that may read, signed with the secret or by an identity provider."""
+
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from websockets.exceptions import ConnectionClosed
+
+from services.auth import make_token
+from services.notifier.main import notifying
+from services.serving import serving
+from services.settings import Settings
+from tests.notifiers import SECRET, Scene, a_quiet_scene, settings_for
+from tests.unit.test_keys import Signer
+
+
+async def greeted(scene: Scene, token: str) -> Any:
+    """What a client with this token is told: ready, or how it is sent away."""
+    async with scene.connected(None) as client:
+        await client.say({"type": "auth", "token": token})
+        try:
+            return (await client.hear())["type"]
+        except ConnectionClosed:
+            return await client.closed()
+
+
+async def test_a_token_that_may_not_read_is_told_nothing(kafka: str, database_url: str, unique: str) -> None:
+    settings = settings_for(kafka=kafka, database_url=database_url, unique=unique)
+    async with a_quiet_scene(settings) as scene, notifying(settings) as notifier:
+        scene.port = notifier.port
+        writing = make_token("ada", SECRET, ttl_s=60, scopes=["write"])
+
+        refused = await greeted(scene, writing)
+        reading = await greeted(scene, make_token("ada", SECRET, ttl_s=60, scopes=["read"]))
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{scene.port}", trust_env=False) as http:
+            stream = await http.get("/v1/stream", headers={"Authorization": f"Bearer {writing}"})
+
+        assert refused[0] == 4001
+        assert "`read`" in refused[1]
+        assert reading == "ready"
+        assert (stream.status_code, stream.json()["code"]) == (403, "forbidden_scope")
+
+
+async def test_a_notifier_takes_tokens_of_an_identity_provider(kafka: str, database_url: str, unique: str) -> None:
+    signer = Signer("k1")
+
+    async def keys(_request: Request) -> Response:
+        return JSONResponse({"keys": [signer.jwk()]})
+
+    provider = serving(Starlette(routes=[Route("/keys", keys)]), host="127.0.0.1", port=0, stop_timeout_s=1)
+    async with provider as port:
+        given = settings_for(kafka=kafka, database_url=database_url, unique=unique)
+        settings: Settings = given.model_copy(update={"jwks_url": f"http://127.0.0.1:{port}/keys"})
+        async with a_quiet_scene(settings) as scene, notifying(settings) as notifier:
+            scene.port = notifier.port
+
+            known = await greeted(scene, signer.token("ada"))
+            refused = await greeted(scene, make_token("ada", SECRET, ttl_s=60))
+
+    assert known == "ready"
+    assert refused[0] == 4001
