@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo up test check format bench lock clean
+.PHONY: help setup demo up test check docs format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ check: $(STAMP) ## the quick loop: format, lint, imports, types, unit tests
 
 test: $(STAMP) ## every test, on real servers
 	@$(BIN)/pytest
+
+docs: $(STAMP) ## write the generated schemas anew
+	@$(BIN)/python -m schemas.generate
+	@$(BIN)/python -m services.api.openapi > schemas/generated/openapi.json
 
 format: $(STAMP) ## format and fix what can be fixed
 	@$(BIN)/ruff format .

@@ -33,8 +33,8 @@ SLEEPS: dict[str, str] = {
 }
 """Where a test may sleep outside a loop that asks whether something has come about: a file, or the beginning of a
 function's name in it."""
-NO_SETTINGS = {"SLUICE_API_URL", "SLUICE_TOKEN"}
-"""What the command line's clients read; the services do not."""
+NO_SETTINGS = {"SLUICE_API_URL", "SLUICE_TOKEN", "SLUICE_CACHE_DIR"}
+"""What the command line reads; the services do not."""
 PURE = [*sorted((ROOT / "schemas").glob("*.py")), *sorted((ROOT / "services").glob("*/decisions.py"))]
 PURE_IMPORTS = set(
     """collections dataclasses datetime enum hashlib heapq json math operator re typing unicodedata urllib uuid

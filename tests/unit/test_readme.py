@@ -23,7 +23,11 @@ def test_a_setting_stands_in_the_readme_with_its_default_and_meaning(name: str) 
 
 
 def test_the_readme_names_no_setting_that_there_is_not() -> None:
-    known = {f"SLUICE_{name.upper()}" for name in Settings.model_fields} | {"SLUICE_API_URL", "SLUICE_TOKEN"}
+    known = {f"SLUICE_{name.upper()}" for name in Settings.model_fields} | {
+        "SLUICE_API_URL",
+        "SLUICE_TOKEN",
+        "SLUICE_CACHE_DIR",
+    }
 
     assert set(re.findall(r"SLUICE_[A-Z_]+", README)) <= known
 
