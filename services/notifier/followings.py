@@ -90,7 +90,7 @@ class Followings:
         unfinished = await self._unfinished(user_id)
         rows = await self._database.read(
             f"SELECT {BATCH_COLUMNS} FROM {{generation}}.upload_batches WHERE user_id = $1 "  # noqa: S608  # ours
-            "ORDER BY created_ms DESC, id DESC LIMIT $2",
+            "ORDER BY created_ms DESC, created_offset DESC, id DESC LIMIT $2",
             user_id,
             NEWEST_MAX + len(unfinished) + 1,
         )
@@ -101,7 +101,7 @@ class Followings:
         known.update({batch.id: batch for batch in self._tail.held_of(user_id)})
         newest = sorted(
             (batch for batch in known.values() if not batch.deleted),
-            key=lambda batch: (batch.created_ms, batch.id),
+            key=lambda batch: (batch.created_ms, batch.created_offset, batch.id),
             reverse=True,
         )
         shown = [batch for place, batch in enumerate(newest) if place < NEWEST_MAX or not batch.ended]
