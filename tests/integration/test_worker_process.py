@@ -196,8 +196,11 @@ async def test_stopping_ends_a_file_in_work(tmp_path, ask):
 async def test_an_idle_child_that_was_killed_costs_no_file(worker, ask):
     pid = (await ask(worker, "hello"))["pid"]
 
+    idle = worker._current.result()
     os.kill(pid, signal.SIGKILL)
-    await asyncio.to_thread(psutil.wait_procs, [p for p in psutil.Process().children() if p.pid == pid], 5)
+    async with asyncio.timeout(5):
+        while not idle.is_gone:  # noqa: ASYNC110  # its end is told to the event loop alone
+            await asyncio.sleep(0.01)
 
     answers = {(await ask(worker, "hello"))["pid"] for _ in range(3)}
     assert pid not in answers
