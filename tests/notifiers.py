@@ -23,6 +23,7 @@ from services.database import Database
 from services.eventlog import EventLog, Log, LogSettings, LogWriter
 from services.lifecycle import cancelled
 from services.processor.projection import Projection
+from services.processor.rows import Rows
 from services.settings import Settings
 from tests.examples import BATCH, USER, a_lane_claimed
 
@@ -170,7 +171,7 @@ async def following_projection(scene: Scene, *, partition: int = 0) -> AsyncIter
     """The read models follow the log, a few records at a time."""
     database = await Database.open(scene.settings.database_url.get_secret_value())
     await database.migrate()
-    projection = await Projection.open(database, partition=partition, log_id=scene.log_id)
+    projection = await Projection.open(await Rows.live(database), partition=partition, log_id=scene.log_id)
     reader = scene.log.reader([partition])
     await reader.seek(partition, projection.lane.next_offset)
 

@@ -32,6 +32,7 @@ from services.opening import Stores, open_stores
 from services.processor.lane import APPEND_TIMEOUT_S, LaneWorker, envelope
 from services.processor.lock import LaneLock
 from services.processor.projection import Projected, Projection
+from services.processor.rows import Rows
 from services.processor.work.port import WorkerUnavailable
 from services.processor.work.process import WorkerProcess
 from services.serving import health_routes, serving
@@ -246,7 +247,8 @@ async def _take(
 async def _patiently_open(stores: Stores, partition: int) -> Projection:
     while True:
         try:
-            return await Projection.open(stores.database, partition=partition, log_id=stores.log_id)
+            rows = await Rows.live(stores.database)
+            return await Projection.open(rows, partition=partition, log_id=stores.log_id)
         except DatabaseUnavailable:
             await asyncio.sleep(RETRY_INTERVAL_S)
 

@@ -21,6 +21,7 @@ from services.database import Database
 from services.eventlog import EventLog, LogSettings, LogWriter
 from services.history import GAP_RECORDS_MAX, History, Past, TooMuchPastError, ranges
 from services.processor.projection import Projection
+from services.processor.rows import Rows
 from services.tail import Tail
 from tests.examples import (
     OTHER_USER,
@@ -78,7 +79,7 @@ class Scene:
     async def project(self, records: Sequence[StoredRecord]) -> None:
         """Have the read models include these first records of their partitions."""
         for partition in range(PARTITIONS):
-            projection = await Projection.open(self.database, partition=partition, log_id=self.log_id)
+            projection = await Projection.open(await Rows.live(self.database), partition=partition, log_id=self.log_id)
             own = [record for record in records if record.partition == partition]
             await projection.fold(own[projection.lane.next_offset :])
             await projection.flush()

@@ -16,6 +16,7 @@ from schemas.records import StoredRecord
 from services.database import Database, DatabaseUnavailable
 from services.eventlog import Log, LogUnavailable
 from services.processor.projection import Projection
+from services.processor.rows import Rows
 from services.tail import Folded, Tail
 from tests.examples import (
     BATCH,
@@ -101,7 +102,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 
 async def project(database: Database, records: Sequence[StoredRecord]) -> None:
-    projection = await Projection.open(database, partition=0, log_id=LOG_ID)
+    projection = await Projection.open(await Rows.live(database), partition=0, log_id=LOG_ID)
     await projection.fold(records[projection.lane.next_offset :])
     await projection.flush()
 
