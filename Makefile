@@ -4,9 +4,11 @@ SHELL := /bin/sh
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 STAMP := $(VENV)/.installed
+MINUTES ?= 10
 
-.PHONY: help setup demo up test check docs format lock clean
+.PHONY: help setup demo up test bench check docs format lock clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -35,8 +37,14 @@ check: $(STAMP) ## the quick loop: format, lint, imports, types, unit tests
 	@$(BIN)/mypy
 	@$(BIN)/pytest -q tests/unit
 
-test: $(STAMP) ## every test, on real servers
-	@$(BIN)/pytest
+test: $(STAMP) ## every test, on real servers; WORKERS=1 for one after the other
+	@$(BIN)/pytest -n $(WORKERS) --dist loadfile
+
+bench: $(STAMP) ## measure how fast Sluice is here
+	@$(BIN)/python -m tests.bench
+
+drill: $(STAMP) ## break everything at random for ten minutes: make drill MINUTES=2 SEED=1
+	@$(BIN)/python -m tests.faults.drill --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 docs: $(STAMP) ## write the generated schemas anew
 	@$(BIN)/python -m schemas.generate

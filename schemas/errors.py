@@ -28,7 +28,9 @@ class Code(StrEnum):
     TOO_MANY_FILES = "too_many_files"
     BATCH_TOO_LARGE = "batch_too_large"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
+    RANGE_NOT_SATISFIABLE = "range_not_satisfiable"
     IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
+    HEADERS_TOO_LARGE = "headers_too_large"
     RATE_LIMITED = "rate_limited"
     LOG_UNAVAILABLE = "log_unavailable"
     DATABASE_UNAVAILABLE = "database_unavailable"
@@ -78,8 +80,10 @@ MEANINGS: dict[Code, Meaning] = {
     Code.TOO_MANY_FILES: Meaning(413, "The batch holds as many files as it may"),
     Code.BATCH_TOO_LARGE: Meaning(413, "The batch holds as many bytes as it may"),
     Code.UNSUPPORTED_MEDIA_TYPE: Meaning(415, "Files of this type are not taken"),
+    Code.RANGE_NOT_SATISFIABLE: Meaning(416, "The file has no such bytes"),
     Code.IDEMPOTENCY_KEY_REUSED: Meaning(422, "The Idempotency-Key was used for another request"),
     Code.RATE_LIMITED: Meaning(429, "Too many requests", retry_after_s=1),
+    Code.HEADERS_TOO_LARGE: Meaning(431, "The headers are too large"),
     Code.LOG_UNAVAILABLE: Meaning(503, "The log cannot be reached", retry_after_s=2),
     Code.DATABASE_UNAVAILABLE: Meaning(503, "The database cannot be reached", retry_after_s=2),
     Code.PROJECTION_BEHIND: Meaning(503, "The read models are behind the log", retry_after_s=1),
@@ -88,6 +92,17 @@ MEANINGS: dict[Code, Meaning] = {
     Code.KEYS_UNAVAILABLE: Meaning(503, "Tokens cannot be checked", retry_after_s=5),
     Code.INTERNAL_ERROR: Meaning(500, "Sluice made a mistake"),
 }
+
+
+class PartError(Exception):
+    """An error of a part behind the service: the log, the database, the blob store, the keys.
+
+    `str` is for operators and may name addresses, paths and causes; `told` is for callers, a sentence without these.
+    """
+
+    def __init__(self, text: str, *, told: str | None = None) -> None:
+        super().__init__(text)
+        self.told = text if told is None else told
 
 
 @dataclass(slots=True, eq=False)  # errors are compared and hashed by identity, as tracebacks and groups expect

@@ -25,6 +25,9 @@ CONTENT_TYPES = (
 )
 """The formats that are taken, told by their content."""
 _EXTENSION_BYTES_MAX = 32
+_DECEIVING = frozenset("\u200b\u202a\u202b\u202c\u202d\u202e\u2060\u2066\u2067\u2068\u2069\ufeff")
+"""Invisible characters that turn the direction of text, so that `exe.jpg` may be shown for `gpj.exe`, or make two names
+look alike. Those that scripts and emoji need (ZWJ, ZWNJ, the direction marks) are not among them."""
 
 
 class CreateBatch(BaseModel):
@@ -38,10 +41,14 @@ class CreateBatch(BaseModel):
 
 
 def safe_filename(given: str) -> str | None:
-    """The last path part, NFC, without control characters and lone surrogates, cut to 255 bytes with its extension
-    kept; None where nothing is left."""
+    """The last path part, NFC, without control characters (those of direction and no width too) and lone surrogates,
+    cut to 255 bytes with its extension kept; None where nothing is left."""
     name = given.replace("\\", "/").rsplit("/", 1)[-1]
-    kept = "".join(character for character in name if unicodedata.category(character) not in ("Cc", "Cs"))
+    kept = "".join(
+        character
+        for character in name
+        if character not in _DECEIVING and unicodedata.category(character) not in ("Cc", "Cs")
+    )
     cut = _cut(unicodedata.normalize("NFC", kept).strip())
     return cut if cut.strip(". ") else None
 

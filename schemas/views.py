@@ -175,6 +175,23 @@ class EventPage(View):
     next_cursor: str | None
 
 
+class ProcessorView(View):
+    """A processor, as it said itself `heard_s` seconds ago. `epoch`: of its claim of the lane, null while it stands by;
+    `working_since`: when it began with the file in work; `degraded`: what it goes on without; `problems`: what stops
+    it."""
+
+    partition: int
+    worker_id: str
+    state: Literal["standing by", "catching up", "working"]
+    since: str
+    heard_s: float
+    epoch: int | None
+    working_since: str | None
+    attempt: int | None
+    degraded: list[str]
+    problems: list[str]
+
+
 class StatusView(View):
     """How the service is: `head` and `projected` are positions, `lag` the records between them."""
 
@@ -185,8 +202,10 @@ class StatusView(View):
     projected: str | None
     lag: int | None
     oldest_unfinished_s: float | None = Field(
-        description="age in seconds of the oldest fact whose upload or batch has not ended"
+        description="age in seconds of the oldest unfinished step: a fact the read models do not have yet, an upload "
+        "that waits or is in work, a batch that is due to complete; null where there is none"
     )
+    processors: list[ProcessorView]
 
 
 class LimitsView(View):

@@ -91,7 +91,7 @@ class Authenticator:
         try:
             key = await keys.find(kid if isinstance(kid, str) else None, algorithm)
         except KeysUnavailable as error:
-            raise RequestError(Code.KEYS_UNAVAILABLE, str(error)) from None
+            raise RequestError(Code.KEYS_UNAVAILABLE, error.told) from None
         if key is None:
             raise RequestError(Code.UNAUTHORIZED, "the token is signed with another key than those this service trusts")
         return algorithm, key
@@ -166,8 +166,15 @@ def _principal(claims: dict[str, Any]) -> Principal:
         raise RequestError(
             Code.UNAUTHORIZED, "the token's `sub`, which is the user, must be text of 1 to 255 characters without NUL"
         ) from None
-    expires_at = claims.get("exp")
-    return Principal(user_id, _scopes(claims), None if expires_at is None else float(expires_at))
+    return Principal(user_id, _scopes(claims), _end(claims.get("exp")))
+
+
+def _end(exp: Any) -> float | None:
+    """When a token ends, in seconds since 1970; its `exp` was found to be a number that has not passed."""
+    try:
+        return None if exp is None else float(exp)
+    except OverflowError:
+        raise RequestError(Code.UNAUTHORIZED, "the token's `exp` is too large to be a time") from None
 
 
 def _scopes(claims: dict[str, Any]) -> frozenset[str]:

@@ -4,6 +4,7 @@ The tail folds every fact into such a batch as it is read; history folds the pas
 means stands in `schemas.batch`; here is only what becomes of a whole batch by it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from schemas.batch import Batch, Changed, Ignored, Lane, Upload, cancel_swept, evolve
@@ -55,6 +56,18 @@ class Held:
         if isinstance(outcome, Changed):
             self._apply(outcome, at_ms=time_ms, offset=fact.offset)
         return outcome
+
+    def renew(
+        self, batch: Batch | None, uploads: dict[str, Upload], *, folded_to: int, kept: Sequence[Kept], log_id: str
+    ) -> None:
+        """Become what these rows are, and the kept facts after them that were folded here before: others were put in
+        the place of the rows this state came from. Who uses it keeps it, and nobody is told of those facts again."""
+        fresh = Held(self.id, batch, uploads, folded_to)
+        for each in kept:
+            if folded_to <= each.fact.offset < self.folded_to:
+                outcome = fresh.fold(each.fact, log_id=log_id, epoch=each.epoch, time_ms=each.time_ms)
+                each.ignored = outcome if isinstance(outcome, Ignored) else None
+        self.batch, self.uploads, self.folded_to = fresh.batch, fresh.uploads, max(self.folded_to, fresh.folded_to)
 
     def _apply(self, changed: Changed, *, at_ms: int, offset: int) -> None:
         self.batch = changed.batch

@@ -187,6 +187,7 @@ class History:
     ) -> AsyncGenerator[PastFact]:
         """A held batch's facts within these bounds: those in the index, and then what the tail has read so far beyond
         it. The tail is asked first, so that the two may overlap and nothing is between them."""
+        self._tail.check_whole()
         kept = self._tail.unprojected_of(batch_id)
         recent = [PastFact(k.fact, k.time_ms, k.ignored) for k in kept if after < k.fact.offset < before]
         entries = await self._past.entries(batch_id, after=after, before=before, limit=min(limit, facts_max + 1))

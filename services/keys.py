@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import httpx
 import jwt
 
+from schemas.errors import PartError
 from services.observability import logger
 
 _log = logger("keys")
@@ -30,9 +31,10 @@ REFRESHES_PER_AGE = 4
 START_WAIT_S = 30.0
 START_RETRY_S = 0.5
 _RSA_BITS_MIN = 2_048
+_AWAY = "the keys that check tokens cannot be fetched"
 
 
-class KeysUnavailable(Exception):  # noqa: N818  # named for what it says
+class KeysUnavailable(PartError):  # noqa: N818  # named for what it says
     """There are no keys to check tokens with; the message says why."""
 
 
@@ -83,17 +85,19 @@ class KeySet:
         if found is None:
             await self._fetch(pause_s=self._pause_s)
             found = self._known(kid, algorithm)
-        if found is None and self.problems():
-            raise KeysUnavailable(self.problems()[0])
+        if found is None and not self._fresh():
+            raise self._unavailable()
         return None if found is None else found.key
 
     def problems(self) -> list[str]:
         """Why no token can be checked just now; empty when they can."""
         if self._fresh():
             return []
-        return [
-            f"the keys that check tokens cannot be had from {self._shown_url}: {self._failure or 'not fetched yet'}"
-        ]
+        return [_AWAY]
+
+    def _unavailable(self) -> KeysUnavailable:
+        why = self._failure or "not fetched yet"
+        return KeysUnavailable(f"the keys that check tokens cannot be had from {self._shown_url}: {why}", told=_AWAY)
 
     def _known(self, kid: str | None, algorithm: str) -> PublicKey | None:
         if not self._fresh():
@@ -108,7 +112,7 @@ class KeySet:
         began_s = time.monotonic()
         while not await self._fetch(pause_s=0):
             if time.monotonic() - began_s > wait_s:
-                raise KeysUnavailable(self.problems()[0])
+                raise self._unavailable()
             await asyncio.sleep(START_RETRY_S)
 
     async def _keep_fresh(self) -> None:

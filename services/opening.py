@@ -5,6 +5,7 @@ A part that is late is waited for within a bound and named meanwhile; one that i
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import TypeVar
 
 from schemas.position import Position
 from services.auth import Authenticator
+from services.blobs import BlobStore, LocalBlobs, S3Blobs, StorageUnavailable
 from services.database import Database, DatabaseUnavailable
-from services.eventlog import EventLog, Log, LogRefused, LogSettings, LogUnavailable
+from services.eventlog import EventLog, Log, LogIdentity, LogRefused, LogSettings, LogUnavailable
 from services.keys import KeysUnavailable
 from services.lifecycle import StartError, closing, stopwatch
 from services.observability import logger
@@ -31,8 +33,14 @@ class Stores:
     """The log and the database, checked and belonging together."""
 
     log: Log
-    log_id: str
+    identity: LogIdentity
     database: Database
+    topic_complaint: Callable[[], Awaitable[str | None]]
+    """What is wrong with the settings of the log's topic now, None where nothing is; raises LogUnavailable."""
+
+    @property
+    def log_id(self) -> str:
+        return self.identity.log_id
 
 
 @contextlib.asynccontextmanager
@@ -56,8 +64,8 @@ async def open_stores(settings: Settings, *, service: str) -> AsyncIterator[Stor
                 "Kafka", lambda: log.ensure_created(partitions=settings.partitions, source=f"sluice/{service}")
             )
         async with stopwatch("log and read models belong together"):
-            await _patiently("Postgres", lambda: _check_same_log(database, identity.log_id))
-        yield Stores(log, identity.log_id, database)
+            await _patiently("Postgres", lambda: _check_same_log(database, identity.log_id, topic=settings.log_topic))
+        yield Stores(log, identity, database, functools.partial(_topic_complaint, log, settings))
 
 
 @contextlib.asynccontextmanager
@@ -70,6 +78,22 @@ async def open_authenticator(settings: Settings) -> AsyncIterator[Authenticator]
         except KeysUnavailable as error:
             raise StartError(f"SLUICE_JWKS_URL: {error}") from error
         yield authenticator
+
+
+@contextlib.asynccontextmanager
+async def open_blobs(settings: Settings) -> AsyncIterator[BlobStore]:
+    """The blob store that SLUICE_BLOB_URL names; raises StartError where it cannot be used."""
+    bucket = settings.blob_bucket
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            blobs: BlobStore = await stack.enter_async_context(
+                LocalBlobs.open(settings.blob_folder, fsync=settings.fsync)
+                if bucket is None
+                else S3Blobs.open(bucket.name, prefix=bucket.prefix)
+            )
+        except StorageUnavailable as error:
+            raise StartError(f"SLUICE_BLOB_URL: {error}") from error
+        yield blobs
 
 
 @contextlib.asynccontextmanager
@@ -102,13 +126,19 @@ async def _ensure_topics(log: Log, settings: Settings) -> None:
     )
 
 
-async def _check_same_log(database: Database, log_id: str) -> None:
+async def _topic_complaint(log: EventLog, settings: Settings) -> str | None:
+    found = await log.inspect(fsync=settings.fsync)
+    return f"{settings.log_topic} is gone from Kafka" if found is None else found.complaint
+
+
+async def _check_same_log(database: Database, log_id: str, *, topic: str) -> None:
     for lane in (await database.positions()).values():
         if lane.log_id != log_id:
             raise StartError(
-                f"the read models are of the log {Position.of(lane.log_id, {}).log}, but Kafka holds the log "
-                f"{Position.of(log_id, {}).log}: check SLUICE_DATABASE_URL and SLUICE_KAFKA_BOOTSTRAP_SERVERS, or "
-                "rebuild the read models from this log with an empty database"
+                f"the read models are of the log {Position.of(lane.log_id, {}).log}, but {topic} in Kafka is the log "
+                f"{Position.of(log_id, {}).log}: if SLUICE_DATABASE_URL and SLUICE_KAFKA_BOOTSTRAP_SERVERS are right, "
+                "make the read models anew from this log with `sluice replay`, or bring the other log back with "
+                "`sluice log import`"
             )
 
 

@@ -4,16 +4,24 @@ A wrong or missing one stops the start with one line each (`SettingsError`); not
 Units stand last in the names. docs/operations.md explains when to change which.
 """
 
+import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from services import faults
+
 _MIB = 1024 * 1024
 JWT_SECRET_BYTES_MIN = 32
+_BUCKET_URL = re.compile(
+    r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/((?!\.{1,2}(?:/|$))[\w.!*'()-]+(?:/(?!\.{1,2}(?:/|$))[\w.!*'()-]+)*)?/?)?",
+    re.ASCII,
+)
+_ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[\w./-]*)?", re.ASCII)
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s@,]+", re.ASCII)
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -22,6 +30,13 @@ Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
 
 class SettingsError(Exception):
     """Settings that cannot be started with; the message has one line for each."""
+
+
+class BlobBucket(NamedTuple):
+    """An S3 bucket, and what every name in it begins with."""
+
+    name: str
+    prefix: str
 
 
 class Settings(BaseSettings):
@@ -33,7 +48,9 @@ class Settings(BaseSettings):
     database_url: SecretStr = Field(
         default=SecretStr("postgresql://sluice@127.0.0.1:5432/sluice"), description="where Postgres is"
     )
-    blob_url: str = Field(default="", description="where files are kept: file:///an/absolute/folder")
+    blob_url: str = Field(
+        default="", description="where files are kept: file:///an/absolute/folder or s3://bucket/prefix"
+    )
 
     log_topic: str = Field(default="sluice.events", description="the topic of facts")
     progress_topic: str = Field(default="sluice.progress", description="the topic of percentages")
@@ -96,6 +113,7 @@ class Settings(BaseSettings):
     stop_timeout_s: Seconds = Field(default=15, description="longest clean stop")
     log_format: Literal["console", "json"] = Field(default="console", description="how log lines look")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least level logged")
+    fault: str = Field(default="", description="for tests: where to break on purpose, as point:action[:nth],…")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -106,20 +124,30 @@ class Settings(BaseSettings):
             complaints.append(f"SLUICE_PARTITION={self.partition} is not below SLUICE_PARTITIONS={self.partitions}")
         if self.file_bytes_max > self.batch_bytes_max:
             complaints.append("SLUICE_FILE_BYTES_MAX is larger than SLUICE_BATCH_BYTES_MAX")
-        if self.blob_url and not self.blob_url.startswith("file:///"):
-            complaints.append(f"SLUICE_BLOB_URL={self.blob_url!r} is not of the form file:///an/absolute/folder")
+        if self.blob_url and (complaint := _complaint_about_blob_url(self.blob_url)):
+            complaints.append(complaint)
         if self.jwks_url and not self.jwks_url.startswith(("https://", "http://")):
             complaints.append(f"SLUICE_JWKS_URL={self.jwks_url!r} is not of the form https://host/path")
         if bad := [origin for origin in self.origins if not _ORIGIN.fullmatch(origin)]:
             complaints.append(f"SLUICE_ALLOWED_ORIGINS names {bad[0]!r}, which is not of the form https://host[:port]")
+        try:
+            faults.parse(self.fault)
+        except ValueError as error:
+            complaints.append(f"SLUICE_FAULT: {error}")
         if complaints:
             raise ValueError("\n".join(complaints))
         return self
 
     @property
     def blob_folder(self) -> Path:
-        """The local folder of the blob store."""
+        """The local folder of the blob store, where `blob_bucket` is None."""
         return Path(unquote(urlsplit(self.blob_url).path))
+
+    @property
+    def blob_bucket(self) -> BlobBucket | None:
+        """The bucket of the blob store; None where that is a local folder."""
+        match = _BUCKET_URL.fullmatch(self.blob_url)
+        return BlobBucket(match[1], match[2] or "") if match else None
 
     @property
     def origins(self) -> tuple[str, ...]:
@@ -130,6 +158,21 @@ class Settings(BaseSettings):
     def notifier_url(self) -> str:
         """Where clients reach the notifier."""
         return self.notifier_public_url or f"http://{self.host}:{self.notifier_port}"
+
+
+def _complaint_about_blob_url(url: str) -> str | None:
+    """What is wrong with it, in a line that repeats no credentials."""
+    if "@" in url and not url.startswith("file:"):
+        return "SLUICE_BLOB_URL holds an @; credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if url.startswith("s3://") and not _BUCKET_URL.fullmatch(url):
+        return f"SLUICE_BLOB_URL={url!r} is not of the form s3://bucket/prefix (letters, digits and -_.!*'() only)"
+    if not url.startswith(("file:///", "s3://")):
+        return f"SLUICE_BLOB_URL={url!r} is not of the form file:///an/absolute/folder or s3://bucket/prefix"
+    for variable in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        endpoint = os.environ.get(variable, "")
+        if url.startswith("s3://") and endpoint and not _ENDPOINT.fullmatch(endpoint):
+            return f"{variable} is not of the form http://host:port or https://host"
+    return None
 
 
 def load(*, needs: tuple[str, ...] = (), **overrides: Any) -> Settings:

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from services.blobs import BlobMissing, BlobStore
-from services.blobs.shelf import Lying, Shelf
+from services.blobs import BlobMissing, BlobStore, Lying, Shelf
 from services.database import Database
 from services.eventlog import EventLog
 
@@ -80,7 +79,7 @@ class Sweeper:
         """Sweep; raises SweepRefused, and what log, database and blob store raise where they are away."""
         now_s = time.time()
         report = Report(dry_run=self.dry_run)
-        shelf = Shelf(self.store)
+        shelf = self.store.shelf()
         self.on_step(report)
         await self._caught_up()
         await self._discard_unwanted(shelf, report, now_s=now_s)

@@ -9,21 +9,21 @@ Everything runs on one event loop; listeners are called synchronously, in log or
 import asyncio
 import contextlib
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Self
 
 from schemas.batch import Batch, Ignored, Lane, evolve, step
-from schemas.events import ByUser, Fact, LaneClaimed, LogCreated, Undecodable, UploadQueued, decode
+from schemas.events import Fact, LaneClaimed, LogCreated, Undecodable, UploadQueued, decode
 from schemas.ids import partition_of
 from schemas.position import Position
 from services.database import Database, DatabaseUnavailable, Snapshot
 from services.eventlog import Log, LogError, LogReader, LogUnavailable
 from services.folding import Folded, Held, Kept
-from services.following import FollowedUsers, is_first_of_its_batch
+from services.following import FollowedUsers, is_by
 from services.lifecycle import cancelled
-from services.observability import LOG_LAG, TAIL_BATCHES_HELD, TAIL_FACTS_HELD, logger
+from services.observability import LOG_LAG, TAIL_BATCHES_HELD, TAIL_FACTS_HELD, logger, say_change
+from services.partitions import Partition, first_waiting
+from services.recognising import Recogniser
 from services.waiting import Conditions, ReadBack
 
 __all__ = ["Folded", "Held", "Kept", "ReadBack", "Tail"]
@@ -36,21 +36,16 @@ Past = Callable[[str, int], Awaitable[Held]]
 READ_RECORDS_MAX = 2_000
 READ_TIMEOUT_MS = 200
 WATCH_INTERVAL_S = 1.0
+SILENCE_S_MAX = 5.0
 LOAD_TIMEOUT_S = 5.0
 CREATED_UNUSED_S = 60.0
 FOLLOWED_LOAD_TIMEOUT_S = 3.0
+READ_TOO_SLOWLY = "the log is read more slowly than the read models are written; try again"
+FACTS_OVER_MAX = 10_000
+"""So many more facts than `facts_max` are held for the read models before the log is read no further: those of writes
+that were under way."""
 FOLLOWED_HELD_MAX = 10
 """How many times `batches_max` batches may be in memory before no more are held for users who are followed."""
-
-
-@dataclass(slots=True)
-class _Partition:
-    """`projected`: the next offset of the read models, as last heard; kept facts are complete from there."""
-
-    lane: Lane
-    projected: int
-    kept_order: deque[tuple[int, str]] = field(default_factory=deque)
-    queued_order: deque[tuple[int, str]] = field(default_factory=deque)
 
 
 class Tail:
@@ -60,6 +55,7 @@ class Tail:
         self,
         *,
         reader: LogReader,
+        recogniser: Recogniser,
         database: Database,
         log_id: str,
         lanes: Mapping[int, Lane],
@@ -69,11 +65,12 @@ class Tail:
     ) -> None:
         self.log_id = log_id
         self._reader = reader
+        self._recogniser = recogniser
         self._database = database
         self._facts_max = facts_max
         self._batches_max = batches_max
         self._past = past
-        self._partitions = {number: _Partition(lane, lane.next_offset) for number, lane in lanes.items()}
+        self._partitions = {number: Partition.at(lane) for number, lane in lanes.items()}
         self._held: dict[str, Held] = {}
         self._kept: dict[str, list[Kept]] = {}
         self._batch_of_upload: dict[str, str] = {}
@@ -84,10 +81,12 @@ class Tail:
         self._waiting: dict[str, asyncio.Future[Folded]] = {}
         self._listeners: list[Callable[[Folded], None]] = []
         self._conditions = Conditions()
+        self._generation: str | None = None
         self._ends: dict[int, int] = {}
         self._caught_up_at_s: float | None = None
         self._log_problem: str | None = None
         self._database_problem: str | None = None
+        self._asked_at_s = time.monotonic()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -111,6 +110,7 @@ class Tail:
         reader = log.reader(range(partitions))
         tail = cls(
             reader=reader,
+            recogniser=Recogniser(reader, topic=log.settings.topic, log_id=log_id),
             database=database,
             log_id=log_id,
             lanes=lanes,
@@ -118,6 +118,7 @@ class Tail:
             batches_max=batches_max,
             past=past,
         )
+        tail._generation = await database.generation()
         try:
             for number, lane in lanes.items():
                 await reader.seek(number, lane.next_offset)
@@ -143,16 +144,39 @@ class Tail:
 
     def projected(self) -> Position:
         """What the read models include, as last heard; partitions of which they include nothing are left out."""
-        return Position.of(self.log_id, {n: p.projected - 1 for n, p in self._partitions.items() if p.projected})
+        return Position.of(self.log_id, {n: p.includes - 1 for n, p in self._partitions.items() if p.includes})
+
+    def oldest_unprojected_ms(self) -> int | None:
+        """When the oldest fact was appended that the read models do not include; None where there is none."""
+        waiting = (first_waiting(p.kept_order, p.projected) for p in self._partitions.values())
+        kept = [self._kept[batch_id][0].time_ms for batch_id in waiting if batch_id in self._kept]
+        return min(kept, default=None)
+
+    @property
+    def lacking(self) -> list[str]:
+        """Why the read models include less than they did before, in sentences: they are not to be asked meanwhile."""
+        return [complaint for each in self._partitions.values() if (complaint := each.complaint) is not None]
+
+    def check_whole(self) -> None:
+        """Raises DatabaseUnavailable while the read models lack something."""
+        if self.lacking:
+            raise DatabaseUnavailable(self.lacking[0])
 
     def unprojected(self) -> int:
         """How many records were read that the read models do not include yet."""
-        return sum(max(0, p.lane.next_offset - p.projected) for p in self._partitions.values())
+        return sum(max(0, p.lane.next_offset - p.includes) for p in self._partitions.values())
 
     @property
     def full(self) -> bool:
         """Whether so many facts wait for the read models that new ones are not taken."""
-        return self.unprojected() >= self._facts_max
+        return self._facts_held() >= self._facts_max
+
+    @property
+    def _overfull(self) -> bool:
+        return self._facts_held() >= self._facts_max + FACTS_OVER_MAX
+
+    def _facts_held(self) -> int:
+        return sum(max(0, p.lane.next_offset - p.projected) for p in self._partitions.values())
 
     def lag_s(self) -> float:
         """Seconds since everything that was in the log had been read; infinite before the first time."""
@@ -161,12 +185,31 @@ class Tail:
     def problems(self) -> list[str]:
         """What keeps the tail from being up to date, in sentences; empty when it is."""
         ended = [str(task.exception()) for task in self._tasks if task.done() and not task.cancelled()]
-        return [*ended, *(problem for problem in (self._log_problem, self._database_problem) if problem)]
+        database = self._database_problem or self._silence()
+        lost = filter(None, (self._log_problem, self._recogniser.complaint, database))
+        return [*ended, *lost, *self.lacking, *self._waits()]
+
+    def _silence(self) -> str | None:
+        """A Postgres that is paused refuses nothing: it only does not answer."""
+        silent_s = time.monotonic() - self._asked_at_s
+        return f"Postgres has not answered for {silent_s:.0f} s" if silent_s > SILENCE_S_MAX else None
+
+    def _waits(self) -> list[str]:
+        if self._overfull:
+            waiting = self._facts_held()
+            return [f"{waiting} facts wait for the read models, so the log is read no further until these move"]
+        behind = self._caught_up_at_s is None and self._log_problem is None
+        return ["the log was not read to its end yet"] if behind else []
 
     @property
     def log_problem(self) -> str | None:
         """Why the log cannot be read just now; None when it can."""
         return self._log_problem
+
+    @property
+    def database_problem(self) -> str | None:
+        """Why the read models cannot be asked how far they are; None where they can."""
+        return self._database_problem
 
     async def failure(self) -> None:
         """Return never, but raise what ended one of the tail's tasks; nobody can go on without them."""
@@ -195,8 +238,11 @@ class Tail:
         return await self._conditions.within(lambda: self._read_to(ends), timeout_s)
 
     async def projected_past(self, position: Position, timeout_s: float) -> bool:
-        """Whether the read models include the position within `timeout_s`."""
-        return await self._conditions.within(lambda: self.projected().includes(position), timeout_s)
+        """Whether the read models include the position within `timeout_s`, and so does what is known here: it answers
+        what they do not have, and may be behind them."""
+        return await self._conditions.within(
+            lambda: self.projected().includes(position) and self.position().includes(position), timeout_s
+        )
 
     def read_back(self, event_ids: Sequence[str]) -> ReadBack:
         """Await these facts, which are appended next; their batch must be held or created here meanwhile."""
@@ -258,10 +304,10 @@ class Tail:
         snapshot = await self._snapshot(batch_id, partition)
         included = snapshot.lane.next_offset
         if not await self._conditions.within(lambda: partition.lane.next_offset >= included, LOAD_TIMEOUT_S):
-            raise DatabaseUnavailable("the log is read more slowly than the read models are written; try again")
+            raise DatabaseUnavailable(READ_TOO_SLOWLY)
         return self._take_in(Held(batch_id, snapshot.batch, snapshot.uploads, folded_to=included), partition)
 
-    async def _snapshot(self, batch_id: str, partition: _Partition) -> Snapshot:
+    async def _snapshot(self, batch_id: str, partition: Partition) -> Snapshot:
         """The rows; the facts after them are at hand, as long as the batch is being loaded."""
         complete_from = partition.projected
         snapshot = await self._database.snapshot(batch_id)
@@ -272,7 +318,7 @@ class Tail:
             )
         return snapshot
 
-    def _take_in(self, held: Held, partition: _Partition) -> Held:
+    def _take_in(self, held: Held, partition: Partition) -> Held:
         """Keep up to date what was loaded, unless that was done meanwhile: the facts after it are at hand."""
         if (known := self._held.get(held.id)) is not None:
             return known
@@ -301,11 +347,14 @@ class Tail:
         """
         assert self._past is not None, "a tail that follows users needs to look at the past"
         self._followed.add(user_id, on_lost)
-        return frozenset(
-            batch_id
-            for batch_id, facts in self._kept.items()
-            if any(isinstance(kept.fact.event, ByUser) and kept.fact.event.user_id == user_id for kept in facts)
-        )
+        return frozenset(b for b, facts in self._kept.items() if any(is_by(user_id, each.fact) for each in facts))
+
+    def let_sleep(self, user_id: str, batch_ids: Collection[str]) -> set[str]:
+        """Have these unfinished batches of a followed user in memory only when facts name them. Without the result:
+        those there already, or with facts that what the caller read may not include; these are to be held once."""
+        awake = {batch_id for batch_id in batch_ids if batch_id in self._held or batch_id in self._kept}
+        self._followed.let_sleep(user_id, set(batch_ids) - awake)
+        return awake
 
     def unfollow(self, user_id: str) -> None:
         self._followed.remove(user_id)
@@ -316,19 +365,19 @@ class Tail:
         return [batch for batch in batches if batch is not None and batch.user_id == user_id]
 
     async def _bring_followed(self, facts: Sequence[Fact | Undecodable]) -> None:
-        """Before these facts are taken: bring the batches into memory that followed users do something with."""
-        for event in self._followed.named_in(facts):
-            self._bringing.add(event.batch_id)
-            if event.batch_id in self._held:
+        """Before these facts are taken: bring the batches into memory that they name and somebody follows."""
+        for user_id, batch_id, is_first in self._followed.named_in(facts):
+            self._bringing.add(batch_id)
+            if batch_id in self._held:
                 continue
             if len(self._held) >= FOLLOWED_HELD_MAX * self._batches_max:
-                self._followed.lose(event.user_id, "too many batches are in work to follow all of them")
-            elif is_first_of_its_batch(event) and event.batch_id not in self._kept:
-                self.create(event.batch_id)
+                self._followed.lose(user_id, "too many batches are in work to follow all of them")
+            elif is_first and batch_id not in self._kept:
+                self.create(batch_id)
             elif self._database_problem is not None:
-                self._followed.lose(event.user_id, self._database_problem)
+                self._followed.lose(user_id, self._database_problem)
             else:
-                await self._bring(event.user_id, event.batch_id)
+                await self._bring(user_id, batch_id)
 
     async def _bring(self, user_id: str, batch_id: str) -> None:
         """Load a batch as of where its partition was read to; where the rows are ahead of that, from its past."""
@@ -342,7 +391,7 @@ class Tail:
                 else:
                     held = Held(batch_id, snapshot.batch, snapshot.uploads, folded_to=included)
         except (DatabaseUnavailable, LogError, TimeoutError) as error:
-            self._followed.lose(user_id, str(error) or "the database does not answer")
+            self._followed.lose(user_id, getattr(error, "told", "the database does not answer"))
         else:
             self._take_in(held, partition)
 
@@ -350,10 +399,11 @@ class Tail:
 
     async def _read(self) -> None:
         while True:
+            await self._conditions.until(lambda: not self._overfull)
             try:
                 records = await self._reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
             except LogUnavailable as error:
-                self._say_log_problem(str(error))
+                self._say_log_problem(error)
                 await asyncio.sleep(WATCH_INTERVAL_S / 2)
                 continue
             self._say_log_problem(None)
@@ -384,7 +434,7 @@ class Tail:
         if held := self._held.get(batch_id):
             self._fold(held, partition, kept)
 
-    def _fold(self, held: Held, partition: _Partition, kept: Kept) -> None:
+    def _fold(self, held: Held, partition: Partition, kept: Kept) -> None:
         fact = kept.fact
         if fact.offset < held.folded_to:
             return
@@ -403,6 +453,7 @@ class Tail:
         while True:
             asked_at_s = time.monotonic()
             try:
+                await self._recogniser.look()
                 self._ends = await self._reader.ends()
                 await self._conditions.within(lambda: self._read_to(self._ends), WATCH_INTERVAL_S)
                 if self._read_to(self._ends):
@@ -430,23 +481,64 @@ class Tail:
                 finally:
                     connection.terminate()
             except DatabaseUnavailable as error:
-                self._say_database_problem(str(error))
+                self._say_database_problem(error)
                 await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def _ask_projected(self) -> None:
-        for number, lane in (await self._database.positions()).items():
-            self._move_projected(number, lane.next_offset)
+        before = {number: partition.includes for number, partition in self._partitions.items()}
+        lanes = await self._database.positions()
+        self._asked_at_s = time.monotonic()
+        for number, partition in self._partitions.items():
+            partition.found(lanes[number].next_offset if number in lanes else 0, before=before[number])
+        await self._renew(await self._database.generation())
         self._say_database_problem(None)
         self._evict()
         self._conditions.wake()
 
-    def _heard_projected(self, partition: int, next_offset: int) -> None:
-        self._move_projected(partition, next_offset)
-        self._conditions.wake()
+    async def _renew(self, generation: str) -> None:
+        """Where other read models are live than before, load again what was loaded from the old ones: rebuilt with what
+        was in quarantine, they may say more. Raises DatabaseUnavailable, and is called again then."""
+        if self._generation not in (None, generation):
+            _log.info("read_models_rebuilt", generation=generation, batches=len(self._held))
+            for held in list(self._held.values()):
+                await self._renew_held(held)
+            for user_id in self._followed.users:
+                rows = await self._database.read(
+                    "SELECT id FROM {generation}.upload_batches "
+                    "WHERE user_id = $1 AND status IN ('pending', 'processing')",
+                    user_id,
+                )
+                for batch_id in self.let_sleep(user_id, [row["id"] for row in rows]):
+                    await self._load(batch_id)
+        self._generation = generation
 
-    def _move_projected(self, number: int, next_offset: int) -> None:
+    async def _renew_held(self, held: Held) -> None:
+        """Load a batch again, in place: it may be in use, and goes on being folded meanwhile."""
+        if held.id in self._loading:
+            await asyncio.wait({self._loading[held.id]})
+        if self._held.get(held.id) is not held:
+            return
+        self._loading[held.id] = asyncio.create_task(self._reloaded(held), name="tail.reload")
+        try:
+            await self._loading[held.id]
+        finally:
+            del self._loading[held.id]
+
+    async def _reloaded(self, held: Held) -> Held:
+        partition = self._partitions[partition_of(held.id)]
+        snapshot = await self._snapshot(held.id, partition)
+        included = snapshot.lane.next_offset
+        if not await self._conditions.within(lambda: partition.lane.next_offset >= included, LOAD_TIMEOUT_S):
+            raise DatabaseUnavailable(READ_TOO_SLOWLY)
+        if snapshot.batch is not None or held.batch is None:
+            kept = self._kept.get(held.id, ())
+            held.renew(snapshot.batch, snapshot.uploads, folded_to=included, kept=kept, log_id=self.log_id)
+        return held
+
+    def _heard_projected(self, number: int, next_offset: int) -> None:
         if (partition := self._partitions.get(number)) is not None:
-            partition.projected = max(partition.projected, next_offset)
+            partition.heard(next_offset)
+        self._conditions.wake()
 
     def _evict(self) -> None:
         for partition in self._partitions.values():
@@ -458,7 +550,7 @@ class Tail:
             if held.users == 0 and held.id not in self._bringing and self._is_projected(held, now_s):
                 del self._held[held.id]
         TAIL_BATCHES_HELD.set(len(self._held))
-        TAIL_FACTS_HELD.set(self.unprojected())
+        TAIL_FACTS_HELD.set(self._facts_held())
 
     def _is_projected(self, held: Held, now_s: float) -> bool:
         """Whether Postgres has all there is to it, and nobody needs it here."""
@@ -467,7 +559,7 @@ class Tail:
         projected = self._partitions[held.batch.partition].projected
         return held.batch.offset < projected and not self._followed.needs(held.batch)
 
-    def _drop_kept(self, partition: _Partition) -> None:
+    def _drop_kept(self, partition: Partition) -> None:
         while partition.queued_order and partition.queued_order[0][0] < partition.projected:
             self._batch_of_upload.pop(partition.queued_order.popleft()[1], None)
         order = partition.kept_order
@@ -481,17 +573,8 @@ class Tail:
                 if not kept:
                     del self._kept[batch_id]
 
-    def _say_log_problem(self, problem: str | None) -> None:
-        _say_change("log", self._log_problem, problem)
-        self._log_problem = problem
+    def _say_log_problem(self, error: LogError | None) -> None:
+        self._log_problem = say_change(_log, "log", self._log_problem, error)
 
-    def _say_database_problem(self, problem: str | None) -> None:
-        _say_change("database", self._database_problem, problem)
-        self._database_problem = problem
-
-
-def _say_change(part: str, before: str | None, now: str | None) -> None:
-    if now and not before:
-        _log.warning("part_lost", part=part, reason=now)
-    elif before and not now:
-        _log.info("part_back", part=part)
+    def _say_database_problem(self, error: DatabaseUnavailable | None) -> None:
+        self._database_problem = say_change(_log, "database", self._database_problem, error)

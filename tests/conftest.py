@@ -21,6 +21,9 @@ import asyncpg
 import pytest
 
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
+from tests.faults.real.reporting import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown
+
+__all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
 
 
 @contextmanager

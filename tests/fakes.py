@@ -185,7 +185,8 @@ class FakeLog:
             async with asyncio.timeout(self.settings.request_timeout_ms / 1000):
                 await self._kafka.answers()
         except TimeoutError:
-            raise LogUnavailable(f"no Kafka at {self.settings.bootstrap_servers}: is it up?") from None
+            away = f"no Kafka at {self.settings.bootstrap_servers}: is it up?"
+            raise LogUnavailable(away, told="Kafka cannot be reached") from None
 
 
 class FakeReader:

@@ -53,7 +53,7 @@ CREATE TABLE {generation}.upload_batches (
     started_ms bigint,
     completed_ms bigint
 );
-CREATE INDEX ON {generation}.upload_batches (user_id, created_ms DESC, id DESC);
+CREATE INDEX ON {generation}.upload_batches (user_id, created_ms DESC, created_offset DESC, partition DESC);
 CREATE INDEX ON {generation}.upload_batches (partition) WHERE status IN ('pending', 'processing');
 
 CREATE TABLE {generation}.uploads (

@@ -15,21 +15,21 @@ from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from schemas.errors import MEANINGS, Code, RequestError, problem
+from schemas.errors import Code, PartError, RequestError
 from services.api.ranges import names
 from services.blobs import BlobMissing, StorageUnavailable
 from services.database import DatabaseUnavailable
 from services.eventlog import LogRefused, LogUnavailable
 from services.observability import HTTP_SECONDS, logger
+from services.serving import problem_answer
 
 _log = logger("api")
 
 POSITION_HEADER = "Sluice-Position"
-_PROBLEM_TYPE = "application/problem+json"
 _METHODS = ("DELETE", "GET", "HEAD", "POST", "PUT")
 _FIELDS_NAMED_MAX = 5
 
@@ -48,16 +48,6 @@ def shown(request: Request, view: BaseModel) -> Response:
     if names(request.headers.get("if-none-match"), etag):
         return Response(status_code=304, headers=headers)
     return Response(body, headers=headers, media_type="application/json")
-
-
-def problem_answer(error: RequestError) -> Response:
-    meaning = MEANINGS[error.code]
-    headers = {}
-    if meaning.retry_after_s is not None:
-        headers["Retry-After"] = str(meaning.retry_after_s)
-    if error.code is Code.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(problem(error), status_code=meaning.status, headers=headers, media_type=_PROBLEM_TYPE)
 
 
 def invalid(errors: Sequence[Mapping[str, Any]]) -> RequestError:
@@ -114,8 +104,10 @@ def _methods_at(request: Request) -> list[str]:
 
 
 def _of_part(code: Code) -> Any:
-    async def handle(_request: Request, error: Exception) -> Response:
-        return problem_answer(RequestError(code, str(error)))
+    async def handle(request: Request, error: Exception) -> Response:
+        assert isinstance(error, PartError)
+        _log.debug("part_failed", code=code, route=_route(request.scope), reason=str(error))
+        return problem_answer(RequestError(code, error.told))
 
     return handle
 
@@ -153,8 +145,18 @@ class Guard:
             await problem_answer(unexpected)(scope, receive, sending)
         finally:
             seconds = time.monotonic() - began_s
-            HTTP_SECONDS.labels(scope["method"], _route(scope), status).observe(seconds)
+            HTTP_SECONDS.labels(_method(scope), _route(scope), _class(status)).observe(seconds)
             _log.debug("request_ended", method=scope["method"], route=_route(scope), status=status, seconds=seconds)
+
+
+def _method(scope: Scope) -> str:
+    """The method, if it is one of ours: a caller may send any word, and each would be a metric."""
+    return str(scope["method"]) if scope["method"] in _METHODS else "other"
+
+
+def _class(status: int) -> str:
+    """`2xx`, `4xx` …; `none` where the caller left before the answer began."""
+    return f"{status // 100}xx" if status else "none"
 
 
 def _route(scope: Scope) -> str:

@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from services.api import content, filing, routes, service
 from services.api.answers import Guard, install_problems
+from services.api.lingering import Lingering
 from services.api.resources import Resources
 from services.serving import health_routes
 
@@ -104,6 +105,7 @@ def build_app(resources: Resources) -> FastAPI:
     )
     install_problems(app)
     app.add_middleware(Guard)
+    app.add_middleware(Lingering)
     # Outermost: a page may read errors too.
     app.add_middleware(CORSMiddleware, allow_origins=resources.settings.origins, **_CORS)
     return app

@@ -4,7 +4,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,7 +94,7 @@ async def small_body(request: Request) -> bytes:
     return body
 
 
-async def body_of(request: Request) -> AsyncIterator[bytes]:
+async def body_of(request: Request) -> AsyncGenerator[bytes, None]:
     """The body's bytes as they come; raises ClientDisconnect, or RequestError when the sender falls silent."""
     stream = aiter(request.stream())
     while True:

@@ -13,9 +13,10 @@ from starlette.responses import Response, StreamingResponse
 
 from schemas.errors import Code, RequestError
 from services.api.asking import caller_of
-from services.api.ranges import Span, names, wanted
+from services.api.ranges import Span, names, unchanged, wanted
 from services.api.resources import resources_of
 from services.blobs import Blob, BlobStore
+from services.serving import problem_answer
 
 _SAFE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -60,11 +61,10 @@ async def _bytes(request: Request, blobs: BlobStore, name: str, headers: dict[st
         return Response(status_code=304, headers=headers)
     async with AsyncExitStack() as stack:
         blob = await stack.enter_async_context(blobs.reading(name))
-        if_range = request.headers.get("if-range")
-        asked = request.headers.get("range") if if_range is None or names(if_range, etag) else None
+        asked = request.headers.get("range") if unchanged(request.headers.get("if-range"), etag) else None
         span = wanted(asked, size_bytes=blob.size_bytes)
         if span is None:
-            return Response(status_code=416, headers={**headers, "Content-Range": f"bytes */{blob.size_bytes}"})
+            return _outside(blob, etag)
         headers["Content-Length"] = str(span.stop - span.start)
         if span.partial:
             headers["Content-Range"] = f"bytes {span.start}-{span.stop - 1}/{blob.size_bytes}"
@@ -72,6 +72,12 @@ async def _bytes(request: Request, blobs: BlobStore, name: str, headers: dict[st
             return Response(status_code=206 if span.partial else 200, headers=headers)
         body = _streamed(blob, span, stack.pop_all())
         return StreamingResponse(body, status_code=206 if span.partial else 200, headers=headers)
+
+
+def _outside(blob: Blob, etag: str) -> Response:
+    detail = f"there are {blob.size_bytes} bytes, and none of them is in the range; ask for another, or for all"
+    headers = {**_SAFE_HEADERS, "ETag": etag, "Content-Range": f"bytes */{blob.size_bytes}"}
+    return problem_answer(RequestError(Code.RANGE_NOT_SATISFIABLE, detail), headers=headers)
 
 
 async def _streamed(blob: Blob, span: Span, stack: AsyncExitStack) -> AsyncIterator[bytes]:

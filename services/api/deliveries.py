@@ -19,6 +19,7 @@ from services.api.decisions import StoredFile
 from services.api.forms import FilePart
 from services.api.writing import Became, Writing
 from services.blobs import Intake
+from services.faults import reach
 from services.observability import FILES_RECEIVED
 
 _OF_THE_WHOLE_REQUEST = frozenset(
@@ -55,6 +56,7 @@ class Delivery:
         if not events:
             return
         self.intake.keep()
+        reach("api.after_blob")
         try:
             partition = partition_of(self.parts[0].upload_id)
             self.became = await writing.append(events, partition=partition, caller=caller)

@@ -6,6 +6,7 @@ only what follows from it. An id that is derived from the request, or from the b
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
@@ -38,8 +39,10 @@ from services.api.forms import FilePart, Form, FormReader
 from services.api.resources import Resources, resources_of
 from services.blobs import Intake, Room
 
-_DIGEST = re.compile(r"sha-256\s*=\s*:([A-Za-z0-9+/=]*):", re.ASCII)
+_DIGEST = re.compile(r"(?:^|,)[ \t]*sha-256(?![a-z0-9_.*-])[ \t]*(?:=[ \t]*:([A-Za-z0-9+/=]*):)?", re.ASCII)
 _SHA256_BYTES = 32
+FORM_BYTES_OVER_MAX = 256 * 1024 * 1024
+"""So much longer than a batch may be is a form of which parts are refused; beyond that it is refused as a whole."""
 
 
 async def post_batch(request: Request) -> Response:
@@ -87,7 +90,9 @@ async def _post_filled_batch(request: Request, caller: Caller, key: RequestKey |
     batch_id = await resources.writing.new_batch_id(key)
     async with resources.tail.hold(batch_id) as known, Intake(resources.blobs, _room(resources.limits)) as intake:
         uploads = known.uploads if known else {}
-        form = await _read_form(request, intake, batch_id, key, uploads, fields=frozenset({"name"}))
+        form = await _read_form(
+            request, intake, batch_id, key, uploads, limits=resources.limits, fields=frozenset({"name"})
+        )
         wish = _wish_of_form(form)
         fingerprint = _fingerprint(key, form.body_hash)
         delivery = Delivery(form.files, intake, resources.limits)
@@ -131,7 +136,7 @@ async def post_uploads(request: Request) -> Response:
             decisions.addable(batch)
         limits = decisions.limits_of(batch)
         async with Intake(resources.blobs, _room(limits, batch)) as intake:
-            form = await _read_form(request, intake, batch.id, key, uploads, fields=frozenset())
+            form = await _read_form(request, intake, batch.id, key, uploads, limits=limits, fields=frozenset())
             fingerprint = _fingerprint(key, form.body_hash)
             decisions.same_request(batch, fingerprint)
             delivery = Delivery(form.files, intake, limits)
@@ -164,7 +169,7 @@ async def put_upload(request: Request) -> Response:
             if (content_length(request) or 0) > limits.file_bytes_max:
                 raise RequestError(Code.FILE_TOO_LARGE, decisions.refused_file(Code.FILE_TOO_LARGE, limits=limits))
         async with Intake(resources.blobs, _room(limits, batch)) as intake:
-            part = await _read_file(request, intake, part_id, filename, known=part_id in uploads)
+            part = await _read_file(request, intake, part_id, filename, known=uploads.get(part_id))
             _check_digest(digest, part)
             delivery = Delivery([part], intake, limits)
             files = delivery.new_files(uploads)
@@ -197,6 +202,7 @@ async def _read_form(
     key: RequestKey | None,
     uploads: Mapping[str, Upload],
     *,
+    limits: Limits,
     fields: frozenset[str],
 ) -> Form:
     """The form, its files in the intake; raises RequestError where no file came."""
@@ -206,19 +212,29 @@ async def _read_form(
     def upload_id_at(place: int) -> str:
         return key.id(place, partition=partition) if key else writing.new_upload_id(partition=partition)
 
-    form = await FormReader(intake, fields, upload_id_at, known=uploads.__contains__).read(request)
+    bytes_max = limits.batch_bytes_max + FORM_BYTES_OVER_MAX
+    reader = FormReader(intake, fields, upload_id_at, known=uploads.__contains__, bytes_max=bytes_max)
+    form = await reader.read(request)
     if not form.files:
         raise RequestError(Code.INVALID_REQUEST, "no file came; send each as a part named `files`, with a filename")
     return form
 
 
-async def _read_file(request: Request, intake: Intake, upload_id: str, filename: str, *, known: bool) -> FilePart:
-    incoming = intake.begin(upload_id, hash_only=known)
-    async for chunk in body_of(request):
-        await intake.write(incoming, chunk)
+async def _read_file(
+    request: Request, intake: Intake, upload_id: str, filename: str, *, known: Upload | None
+) -> FilePart:
+    """The file, read only as far as it may still be taken, or be the one that is `known` under this name."""
+    incoming = intake.begin(upload_id, hash_only=known is not None)
+    whole = True
+    async with contextlib.aclosing(body_of(request)) as chunks:
+        async for chunk in chunks:
+            await intake.write(incoming, chunk)
+            if incoming.problem is not None or (known is not None and incoming.size_bytes > known.size_bytes):
+                whole = False
+                break
     await intake.end(incoming)
     await intake.flush()
-    return FilePart(0, "", filename, filename, upload_id, incoming)
+    return FilePart(0, "", filename, filename, upload_id, incoming, whole=whole)
 
 
 def _views(uploads: Iterable[Upload], batch: Batch, resources: Resources) -> list[UploadView]:
@@ -253,11 +269,10 @@ def _fingerprint(key: RequestKey | None, body_hash: str) -> Fingerprint | None:
 def _announced_digest(request: Request) -> str | None:
     """The SHA-256 of `Repr-Digest` (RFC 9530, section 3) in hex; None without one. Other algorithms are passed over."""
     header = request.headers.get("repr-digest", "")
-    if "sha-256" not in header:
+    if (match := _DIGEST.search(header)) is None:
         return None
-    match = _DIGEST.search(header)
     try:
-        digest = base64.b64decode(match[1], validate=True) if match else b""
+        digest = base64.b64decode(match[1] or "", validate=True)
     except binascii.Error:
         digest = b""
     if len(digest) != _SHA256_BYTES:
@@ -266,7 +281,7 @@ def _announced_digest(request: Request) -> str | None:
 
 
 def _check_digest(announced: str | None, part: FilePart) -> None:
-    if announced is not None and announced != part.incoming.sha256:
+    if announced is not None and part.whole and announced != part.incoming.sha256:
         raise RequestError(
             Code.DIGEST_MISMATCH,
             f"Repr-Digest announced the SHA-256 {announced}, the bytes that came have {part.incoming.sha256}",

@@ -17,16 +17,15 @@ from services.api.rates import Rates
 from services.api.reading import Reading
 from services.api.resources import Resources
 from services.api.writing import Writing
-from services.blobs import BlobStore, StorageUnavailable
-from services.database import DatabaseUnavailable
-from services.eventlog import LogRefused, LogUnavailable
+from services.faults import arm
 from services.history import History, Past
-from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.lifecycle import cancelled, closing, run_service, stop_signals, stopwatch
 from services.observability import configure_logging, logger
-from services.opening import Stores, open_authenticator, open_stores
+from services.opening import open_authenticator, open_blobs, open_stores
 from services.serving import serving
 from services.settings import Settings, load
 from services.tail import Tail
+from services.tailing import open_tail, serve_until, soon_caught_up
 
 _log = logger("api")
 
@@ -41,6 +40,7 @@ def run() -> None:
 async def main() -> None:
     settings = load(needs=("jwt_secret|jwks_url", "blob_url"))
     configure_logging(service="api", log_format=settings.log_format, log_level=settings.log_level)
+    arm(settings.fault)
     stop = asyncio.Event()
     with stop_signals(stop):
         async with serving_api(settings) as api:
@@ -57,14 +57,7 @@ class Api:
 
     async def until(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set; raises StartError where a part ended without which nothing can be answered."""
-        told = asyncio.create_task(stop.wait(), name="stop")
-        failed = asyncio.create_task(self.tail.failure(), name="tail_failure")
-        try:
-            await first_of(told, failed, self.watch)
-        except Exception as error:
-            raise StartError(f"the api cannot go on: {error}") from error
-        finally:
-            await cancelled(told, failed)
+        await serve_until(stop, tail=self.tail, needed=self.watch, service="api")
 
 
 @contextlib.asynccontextmanager
@@ -74,14 +67,22 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
         stores = await stack.enter_async_context(open_stores(settings, service="api"))
         authenticator = await stack.enter_async_context(open_authenticator(settings))
         async with stopwatch("blob store opened"):
-            blobs = await stack.enter_async_context(_blobs(settings))
+            blobs = await stack.enter_async_context(open_blobs(settings))
         async with stopwatch("tail caught up"):
-            tail = await stack.enter_async_context(_tail(settings, stores))
-            await tail.caught_up()
+            tail = await stack.enter_async_context(open_tail(settings, stores))
+            await soon_caught_up(tail)
         history = History(past=Past(log=stores.log, log_id=stores.log_id, database=stores.database), tail=tail)
         writer = stores.log.writer()
         await stack.enter_async_context(closing("log writer closed", writer.close, timeout_s=settings.stop_timeout_s))
-        health = Health(tail=tail, authenticator=authenticator, blobs=blobs, lag_max_s=settings.tail_lag_max_s)
+        health = Health(
+            tail=tail,
+            authenticator=authenticator,
+            blobs=blobs,
+            database=stores.database,
+            partitions=settings.partitions,
+            topic_complaint=stores.topic_complaint,
+            lag_max_s=settings.tail_lag_max_s,
+        )
         resources = Resources(
             settings=settings,
             limits=_limits(settings),
@@ -91,7 +92,9 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
             database=stores.database,
             blobs=blobs,
             writing=Writing(tail=tail, writer=writer, settings=settings),
-            reading=Reading(tail=tail, history=history, database=stores.database, settings=settings),
+            reading=Reading(
+                tail=tail, history=history, database=stores.database, identity=stores.identity, settings=settings
+            ),
             health=health,
         )
         watch = asyncio.create_task(health.watch(), name="watch_health")
@@ -111,31 +114,6 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
         stack.callback(assistants.dismiss)
         _log.info("api_ready", address=f"http://{settings.host}:{port}", position=str(tail.position()))
         yield Api(port, tail, watch)
-
-
-@contextlib.asynccontextmanager
-async def _blobs(settings: Settings) -> AsyncIterator[BlobStore]:
-    try:
-        async with BlobStore.open(settings.blob_folder, fsync=settings.fsync) as blobs:
-            yield blobs
-    except StorageUnavailable as error:
-        raise StartError(f"SLUICE_BLOB_URL: {error}") from error
-
-
-@contextlib.asynccontextmanager
-async def _tail(settings: Settings, stores: Stores) -> AsyncIterator[Tail]:
-    try:
-        async with Tail.open(
-            log=stores.log,
-            database=stores.database,
-            log_id=stores.log_id,
-            partitions=settings.partitions,
-            facts_max=settings.tail_facts_max,
-            batches_max=settings.tail_batches_max,
-        ) as tail:
-            yield tail
-    except (DatabaseUnavailable, LogUnavailable, LogRefused) as error:
-        raise StartError(str(error)) from error
 
 
 def _limits(settings: Settings) -> Limits:

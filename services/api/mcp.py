@@ -1,15 +1,18 @@
 """MCP at `/mcp`: streamable HTTP without sessions, for assistants that act for one user.
 
 The token is the REST API's, in the same header, and every call of a tool goes through the REST API with it, in this
-process; so there is nothing here that could allow more. An error of a tool is an answer of its own that says the code
-and what to do. A call from a page of another origin is refused (MCP, streamable HTTP, security warning).
-What the tools are: `tools.py`.
+process; so there is nothing here that could allow more. It counts as one request of its user beside those calls, and a
+user may have `OPEN_PER_USER_MAX` open at once: a wait for a batch lasts long. An error of a tool is an answer of its
+own that says the code and what to do. A call from a page of another origin is refused (MCP, streamable HTTP, security
+warning). What the tools are: `tools.py`.
 """
 
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -29,12 +32,12 @@ from mcp_types import (
 from mcp_types import Tool as ToolDescription
 from pydantic import ValidationError
 from starlette.routing import Match, Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from schemas.errors import MEANINGS, Code, RequestError, problem
 from schemas.views import BatchView
 from services.api.answers import invalid
-from services.api.asking import JSON_BYTES_MAX
+from services.api.asking import JSON_BYTES_MAX, small_body
 from services.api.resources import resources_of
 from services.api.service import VERSION
 from services.api.tools import TOOLS, Arguments, Call, Tool
@@ -44,6 +47,7 @@ from services.lifecycle import cancelled, first_of
 from services.tail import Tail
 
 PATH = "/mcp"
+OPEN_PER_USER_MAX = 32
 INSTRUCTIONS = """Sluice takes batches of pictures and videos and works their files one by one; these tools show one
 user's batches and uploads (files) and can retry or cancel them. Start with list_batches. Files are not sent here: over
 HTTP with POST /v1/batches, or with `sluice upload`."""
@@ -63,6 +67,9 @@ class Assistants:
         self._tail = tail
         self._rest = httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://api")
         self._leaving: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._open: Counter[str] = Counter()
+        # Once: the schemas take 17 ms to make, and whoever connects asks for them.
+        self._offered = ListToolsResult(tools=[_described(tool) for tool in TOOLS.values()])
         server = Server(
             "sluice",
             title="Sluice",
@@ -75,13 +82,19 @@ class Assistants:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI: one request to `/mcp`; raises RequestError where it may not be made."""
-        request = Request(scope)
+        request = Request(scope, receive)
         resources = resources_of(request)
         _check_origin(request, resources.settings.origins)
         token = bearer(request.headers.get("authorization"))
         # A message of MCP is always a POST: what it changes, if anything, is decided by the REST calls it leads to.
-        await resources.authenticator.authenticate(token, scope="read")
-        await self._sessions.handle_request(scope, receive, send)
+        principal = await resources.authenticator.authenticate(token, scope="read")
+        allowance = request.state.allowance = resources.rates.take(principal.user_id, now_s=time.monotonic())
+        if allowance is not None:
+            allowance.check()
+        _check_type(request)
+        with self._place(principal.user_id):
+            body = await small_body(request)
+            await self._sessions.handle_request(scope, _with_body(body, receive), send)
 
     async def run(self, running: asyncio.Event) -> None:
         """Answer until cancelled."""
@@ -94,10 +107,26 @@ class Assistants:
         if not self._leaving.done():
             self._leaving.set_result(None)
 
+    @contextlib.contextmanager
+    def _place(self, user_id: str) -> Iterator[None]:
+        """One of the user's places; raises RequestError(RATE_LIMITED) where all are taken."""
+        if self._open[user_id] >= OPEN_PER_USER_MAX:
+            raise RequestError(
+                Code.RATE_LIMITED,
+                f"you have {OPEN_PER_USER_MAX} requests to {PATH} open; ask again once one of them was answered",
+            )
+        self._open[user_id] += 1
+        try:
+            yield
+        finally:
+            self._open[user_id] -= 1
+            if not self._open[user_id]:
+                del self._open[user_id]
+
     async def _list_tools(
         self, _context: ServerRequestContext[Any], _params: PaginatedRequestParams | None
     ) -> ListToolsResult:
-        return ListToolsResult(tools=[_described(tool) for tool in TOOLS.values()])
+        return self._offered
 
     async def _call_tool(self, context: ServerRequestContext[Any], params: CallToolRequestParams) -> CallToolResult:
         async def report(batch: BatchView) -> None:
@@ -111,7 +140,7 @@ class Assistants:
             tool = _known(params.name)
             view = await tool.run(call, _arguments(tool, params.arguments))
         except DatabaseUnavailable as error:
-            return _refused(RequestError(Code.DATABASE_UNAVAILABLE, str(error)))
+            return _refused(RequestError(Code.DATABASE_UNAVAILABLE, error.told))
         except RequestError as error:
             return _refused(error)
         shown = view.model_dump_json()
@@ -163,11 +192,39 @@ def _check_origin(request: Request, allowed: tuple[str, ...]) -> None:
     origin = request.headers.get("origin")
     if origin is None or "*" in allowed or origin in allowed:
         return
-    if urlsplit(origin).netloc != request.headers.get("host"):
+    if (host := _host_of(origin)) is None or host != request.headers.get("host"):
         raise RequestError(
             Code.FORBIDDEN_SCOPE,
             f"pages of {origin:.200} may not call {PATH}; SLUICE_ALLOWED_ORIGINS names those that may",
         )
+
+
+def _host_of(origin: str) -> str | None:
+    """Host and port of an origin; None where it is none."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
+
+
+def _check_type(request: Request) -> None:
+    """Raises RequestError for a body that does not say it is JSON."""
+    given = request.headers.get("content-type", "")
+    if given.partition(";")[0].strip().lower() != "application/json":
+        raise RequestError(
+            Code.INVALID_REQUEST,
+            f"Content-Type must be application/json, and not {given!r:.80}: send a JSON-RPC message",
+        )
+
+
+def _with_body(body: bytes, receive: Receive) -> Receive:
+    """What gives the body that was read already, and then what comes after it."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receiving() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return receiving
 
 
 def _known(name: str) -> Tool:

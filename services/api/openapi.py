@@ -262,7 +262,6 @@ def _bytes(name: str, summary: str, kind: str, upload_id: dict[str, Any]) -> dic
             "200": {"description": "The bytes", **body},
             "206": {"description": "The range", **copy.deepcopy(body)},
             "304": {"description": "Nothing changed since that ETag"},
-            "416": {"description": "There are not so many bytes"},
         },
     }
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from schemas.batch import Batch, Upload
 from schemas.errors import Code, RequestError
-from schemas.ids import is_id
+from schemas.views import ProcessorView, rfc3339
 from services.database import BATCH_COLUMNS, UPLOAD_COLUMNS, Database, batch_from_row, upload_from_row
 
 LIMIT_DEFAULT = 50
 LIMIT_MAX = 200
 
-_CURSOR = re.compile(r"([bue])\.(\d{1,18})\.(\S+)", re.ASCII)
+_CURSOR = re.compile(r"([bue])\.(\d{1,18})\.(-|\d{1,18}-\d{1,3})", re.ASCII)
 _OF_BATCH = ", ".join(f"batch.{column}" for column in BATCH_COLUMNS.split(", "))
 _OF_UPLOAD = ", ".join(f"upload.{column}" for column in UPLOAD_COLUMNS.split(", "))
 
@@ -56,21 +56,26 @@ async def upload_of(database: Database, upload_id: str, *, user_id: str) -> Uplo
 
 async def batches_of(database: Database, *, user_id: str, page: Page) -> tuple[list[Batch], str | None]:
     """A page of this user's batches, newest first, and the cursor of the next one. Raises RequestError."""
-    after_ms, after_id = read_cursor(page.cursor, "b")
+    after_ms, after_place = read_cursor(page.cursor, "b")
+    after_offset, after_partition = (int(part) for part in after_place.split("-")) if after_place else (None, None)
     rows = await database.read(
         f"SELECT {_OF_BATCH} FROM {{generation}}.upload_batches AS batch "  # noqa: S608  # the names are ours
         "WHERE user_id = $1 AND ($2::text IS NULL OR status = $2) "
-        "AND ($3::bigint IS NULL OR (created_ms, id) < ($3, $4::uuid)) "
-        "ORDER BY created_ms DESC, id DESC LIMIT $5",
+        "AND ($3::bigint IS NULL OR (created_ms, created_offset, partition) < ($3, $4::bigint, $5::integer)) "
+        "ORDER BY created_ms DESC, created_offset DESC, partition DESC LIMIT $6",
         user_id,
         page.status,
         after_ms,
-        after_id,
+        after_offset,
+        after_partition,
         page.limit + 1,
     )
     batches = [batch_from_row(row) for row in rows[: page.limit]]
     more = len(rows) > page.limit
-    return batches, cursor_of("b", batches[-1].created_ms, batches[-1].id) if more else None
+    if not more:
+        return batches, None
+    last = batches[-1]
+    return batches, cursor_of("b", last.created_ms, f"{last.created_offset}-{last.partition}")
 
 
 async def uploads_of(database: Database, batch_id: str, *, page: Page) -> tuple[list[Upload], str | None]:
@@ -100,11 +105,43 @@ def uploads_among(uploads: dict[str, Upload], *, page: Page) -> tuple[list[Uploa
 
 
 async def oldest_unfinished_ms(database: Database) -> int | None:
-    """When the oldest batch that has not ended was made; milliseconds since 1970 UTC."""
+    """Since when the oldest unfinished step is due: an upload that waits or is in work, a batch whose completion is
+    missing. An open batch that waits for files is nobody's step. Milliseconds since 1970 UTC."""
     rows = await database.read(
-        "SELECT min(created_ms) AS oldest_ms FROM {generation}.upload_batches WHERE status IN ('pending', 'processing')"
+        "SELECT least("
+        "(SELECT min(updated_ms) FROM {generation}.uploads WHERE status IN ('queued', 'processing')), "
+        "(SELECT min(updated_ms) FROM {generation}.upload_batches "
+        "WHERE status IN ('pending', 'processing') AND sealed AND queued = 0 AND processing = 0)"
+        ") AS oldest_ms"
     )
     return rows[0]["oldest_ms"] if rows else None
+
+
+async def processors(database: Database) -> list[ProcessorView]:
+    """What processors say of themselves, by lane; whoever works it first."""
+    async with database.connection() as connection:
+        rows = await connection.fetch(
+            "SELECT partition, worker_id, state, epoch, attempt, degraded, problems, "
+            "(extract(epoch FROM since) * 1000)::bigint AS since_ms, "
+            "(extract(epoch FROM work_since) * 1000)::bigint AS work_since_ms, "
+            "greatest(0, extract(epoch FROM clock_timestamp() - heartbeat))::float8 AS heard_s "
+            "FROM sluice_ops.processors ORDER BY partition, state DESC, heartbeat DESC"
+        )
+    return [
+        ProcessorView(
+            partition=row["partition"],
+            worker_id=row["worker_id"],
+            state=row["state"],
+            since=rfc3339(row["since_ms"]),
+            heard_s=round(row["heard_s"], 3),
+            epoch=row["epoch"],
+            working_since=None if row["work_since_ms"] is None else rfc3339(row["work_since_ms"]),
+            attempt=row["attempt"],
+            degraded=row["degraded"],
+            problems=row["problems"],
+        )
+        for row in rows
+    ]
 
 
 def _page_of_uploads(found: list[Upload], page: Page) -> tuple[list[Upload], str | None]:
@@ -127,6 +164,6 @@ def read_cursor(text: str | None, kind: str) -> tuple[int | None, Any]:
     except (binascii.Error, ValueError):
         decoded = ""
     match = _CURSOR.fullmatch(decoded)
-    if match is None or match[1] != kind or not (is_id(match[3]) if kind == "b" else match[3] == "-"):
+    if match is None or match[1] != kind or (match[3] == "-") == (kind == "b"):
         raise RequestError(Code.INVALID_REQUEST, "`cursor` is not one that this list gave out; begin without one")
     return int(match[2]), match[3]

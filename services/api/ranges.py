@@ -31,6 +31,12 @@ def wanted(header: str | None, *, size_bytes: int) -> Span | None:
 
 
 def names(header: str | None, etag: str) -> bool:
-    """Whether an `If-None-Match` or `If-Range` header names this ETag."""
+    """Whether an `If-None-Match` header names this ETag, by the weak comparison (RFC 9110, section 13.1.2)."""
     given = [each.strip().removeprefix("W/") for each in (header or "").split(",")]
     return etag in given or given == ["*"]
+
+
+def unchanged(header: str | None, etag: str) -> bool:
+    """Whether a range may be given: without `If-Range`, or where that is exactly this ETag, which is a strong one
+    (RFC 9110, section 13.1.5)."""
+    return header is None or header.strip() == etag

@@ -19,6 +19,7 @@ from services.api import queries
 from services.api.decisions import not_found
 from services.api.queries import Page
 from services.database import Database
+from services.eventlog import LogIdentity
 from services.history import History, PastFact
 from services.settings import Settings
 from services.tail import Held, Tail
@@ -27,8 +28,11 @@ from services.tail import Held, Tail
 class Reading:
     """Reads for the api; see the module's text. All of it is as the user may see it; the rest is not found."""
 
-    def __init__(self, *, tail: Tail, history: History, database: Database, settings: Settings) -> None:
+    def __init__(
+        self, *, tail: Tail, history: History, database: Database, identity: LogIdentity, settings: Settings
+    ) -> None:
         self._tail = tail
+        self._identity = identity
         self._history = history
         self._database = database
         self._settings = settings
@@ -38,7 +42,7 @@ class Reading:
         if min_position is None:
             return
         try:
-            position = Position.parse(min_position)
+            position = self._identity.here(Position.parse(min_position))
         except InvalidPositionError as error:
             raise RequestError(Code.INVALID_POSITION, f"min_position: {error}") from None
         if position.log != (ours := self._tail.position().log):
@@ -55,7 +59,7 @@ class Reading:
 
     async def batch(self, batch_id: str, *, user_id: str) -> BatchView:
         """Raises RequestError(NOT_FOUND), DatabaseUnavailable."""
-        if is_id(batch_id) and not self._tail.ahead(batch_id):
+        if is_id(batch_id) and not self._tail.lacking and not self._tail.ahead(batch_id):
             found = await queries.batch_of(self._database, batch_id, user_id=user_id)
             if found is not None:
                 return BatchView.of_log(found, log_id=self._tail.log_id)
@@ -64,7 +68,10 @@ class Reading:
 
     async def batch_at(self, batch_id: str, *, user_id: str, at: str) -> BatchView:
         """A batch as it was at a position or a time; raises RequestError, DatabaseUnavailable, LogUnavailable."""
-        batch, _, _ = await self._history.state_at(batch_id, user_id=user_id, at=_moment(at))
+        moment = _moment(at)
+        if isinstance(moment, Position):
+            moment = self._identity.here(moment)
+        batch, _, _ = await self._history.state_at(batch_id, user_id=user_id, at=moment)
         return BatchView.of_log(batch, log_id=self._tail.log_id)
 
     async def events(self, batch_id: str, *, user_id: str, page: Page) -> EventPage:
@@ -84,13 +91,16 @@ class Reading:
 
     async def batches(self, *, user_id: str, page: Page) -> BatchPage:
         batches, cursor = await queries.batches_of(self._database, user_id=user_id, page=page)
-        views = [BatchView.of_log(batch, log_id=self._tail.log_id) for batch in batches]
+        self._tail.check_whole()
+        held = [self._tail.peek(batch.id) for batch in batches]
+        gone = {each.id for each in held if each is not None and each.batch is not None and each.batch.deleted}
+        views = [BatchView.of_log(batch, log_id=self._tail.log_id) for batch in batches if batch.id not in gone]
         return BatchPage(items=views, next_cursor=cursor)
 
     async def uploads(self, batch_id: str, *, user_id: str, page: Page) -> UploadPage:
         """Raises RequestError(NOT_FOUND), DatabaseUnavailable."""
         known = None
-        if is_id(batch_id) and not self._tail.ahead(batch_id):
+        if is_id(batch_id) and not self._tail.lacking and not self._tail.ahead(batch_id):
             known = await queries.batch_of(self._database, batch_id, user_id=user_id)
         if known is not None:
             uploads, cursor = await queries.uploads_of(self._database, batch_id, page=page)
@@ -114,12 +124,10 @@ class Reading:
     def upload_view(self, upload: Upload) -> UploadView:
         return UploadView.of_log(upload, log_id=self._tail.log_id, partition=partition_of(upload.batch_id))
 
-    async def oldest_unfinished_ms(self) -> int | None:
-        return await queries.oldest_unfinished_ms(self._database)
-
     async def _upload(self, upload_id: str, user_id: str) -> Upload | None:
         batch_id = self._tail.batch_of(upload_id)
         if batch_id is None:
+            self._tail.check_whole()
             before = self._tail.projected()
             found = await queries.upload_of(self._database, upload_id, user_id=user_id)
             if found is None:

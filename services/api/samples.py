@@ -18,6 +18,7 @@ from schemas.views import (
     EventPage,
     LimitsView,
     PastEvent,
+    ProcessorView,
     Rejected,
     StatusView,
     UploadPage,
@@ -141,7 +142,21 @@ VIEWS: tuple[BaseModel, ...] = (
         head=POSITION,
         projected=POSITION,
         lag=0,
-        oldest_unfinished_s=None,
+        oldest_unfinished_s=0.042,
+        processors=[
+            ProcessorView(
+                partition=0,
+                worker_id="sluice-processor-0-7",
+                state="working",
+                since=rfc3339(_MADE_MS - 3_600_000),
+                heard_s=0.613,
+                epoch=1_120,
+                working_since=rfc3339(_MADE_MS + 4),
+                attempt=1,
+                degraded=[],
+                problems=[],
+            )
+        ],
     ),
     ConfigView(
         notifier_url="http://127.0.0.1:8081",

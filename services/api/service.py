@@ -1,7 +1,5 @@
 """What the api says of itself: status, configuration, and the pages for people."""
 
-import asyncio
-import time
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
@@ -12,12 +10,9 @@ from schemas.views import ConfigView, LimitsView, StatusView
 from services.api import pages
 from services.api.answers import answer
 from services.api.openapi import document
-from services.api.resources import Resources
 from services.api.routes import By, With
-from services.database import DatabaseUnavailable
 
 VERSION = version("sluice")
-_DATABASE_TIMEOUT_S = 2.0
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -29,6 +24,7 @@ router = APIRouter()
 
 @router.get("/v1/status", response_model=StatusView, summary="How the service is", tags=["Service"])
 async def get_status(_by: By, resources: With) -> Response:
+    await resources.health.look_again()
     degraded = resources.health.degraded()
     head, projected = resources.tail.position(), resources.tail.projected()
     return answer(
@@ -39,7 +35,8 @@ async def get_status(_by: By, resources: With) -> Response:
             head=str(head),
             projected=str(projected) if projected.offsets else None,
             lag=resources.tail.unprojected(),
-            oldest_unfinished_s=await _oldest_unfinished_s(resources),
+            oldest_unfinished_s=resources.health.oldest_unfinished_s(),
+            processors=list(resources.health.processors),
         )
     )
 
@@ -75,12 +72,3 @@ async def get_docs(request: Request) -> Response:
 async def get_home(request: Request) -> Response:
     address = str(request.base_url).rstrip("/")
     return HTMLResponse(pages.home(version=VERSION, address=address), headers=_PAGE_HEADERS)
-
-
-async def _oldest_unfinished_s(resources: Resources) -> float | None:
-    try:
-        async with asyncio.timeout(_DATABASE_TIMEOUT_S):
-            oldest_ms = await resources.reading.oldest_unfinished_ms()
-    except (DatabaseUnavailable, TimeoutError):
-        return None
-    return None if oldest_ms is None else max(0.0, round(time.time() - oldest_ms / 1000, 3))

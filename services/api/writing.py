@@ -28,6 +28,7 @@ from services.eventlog import (
     LogWriter,
     RecordTooLarge,
 )
+from services.faults import reach
 from services.observability import APPEND_SECONDS, READ_BACK_SECONDS
 from services.settings import Settings
 from services.tail import Folded, Held, Tail
@@ -55,15 +56,15 @@ class Writing:
 
     def check_open(self) -> None:
         """Raises RequestError where no write can be answered just now: asked before any byte of it is read."""
-        if (lag_s := self._tail.lag_s()) > self._settings.tail_lag_max_s:
-            raise RequestError(
-                Code.LOG_UNAVAILABLE,
-                self._tail.log_problem or f"the log was last read to its end {lag_s:.1f} s ago; try again",
-            )
         if self._tail.full:
             raise RequestError(
                 Code.PROJECTION_BEHIND,
                 f"{self._tail.unprojected()} facts wait for the read models; is the processor running?",
+            )
+        if (lag_s := self._tail.lag_s()) > self._settings.tail_lag_max_s:
+            raise RequestError(
+                Code.LOG_UNAVAILABLE,
+                self._tail.log_problem or f"the log was not read to its end for {lag_s:.1f} s; try again",
             )
 
     async def append(self, events: Sequence[LogEvent], *, partition: int, caller: Caller) -> list[Became]:
@@ -135,10 +136,12 @@ class Writing:
         began_s = time.monotonic()
         reading = self._tail.read_back([event_id for _, event_id, _ in group])
         try:
+            reach("api.before_append")
             with contextlib.suppress(LogOutcomeUnknown):  # if it landed after all, the tail tells in what time is left
                 await self._writer.append(
                     partition, [record for _, _, record in group], timeout_s=max(0.001, deadline_s - began_s)
                 )
+            reach("api.after_append")
             APPEND_SECONDS.observe(time.monotonic() - began_s)
             folded = await reading.wait(max(0.001, deadline_s - time.monotonic()))
         except TimeoutError:
@@ -148,10 +151,11 @@ class Writing:
                 "done or may yet be; send the same request again, with the same Idempotency-Key if it had one",
             ) from None
         except (LogUnavailable, LogRefused, RecordTooLarge) as error:
-            raise RequestError(Code.LOG_UNAVAILABLE, str(error)) from error
+            raise RequestError(Code.LOG_UNAVAILABLE, error.told) from error
         finally:
             reading.cancel()
         READ_BACK_SECONDS.observe(time.monotonic() - began_s)
+        reach("api.before_answer")
         return folded
 
 

@@ -1,13 +1,17 @@
-"""The blob store: the bytes of files and thumbnails, in a local folder.
+"""The blob store: the bytes of files and thumbnails, in a local folder or in an S3 bucket.
 
-`BlobStore` opens, reads, moves and removes; `Intake` takes the files of one request while they stream in. A blob is
-named `{upload_id}/{random}`, a thumbnail `{upload_id}/thumb-{epoch}-{attempt}`; names are fresh, never reused or
-renamed over (that is 60 to 100 times slower on ext4), and checked whenever they are read back.
+A `BlobStore` opens, reads, moves and removes, and is opened by `services.opening`; `Intake` takes the files of one
+request while they stream in. A blob is named `{upload_id}/{random}`, a thumbnail `{upload_id}/thumb-{epoch}-{attempt}`;
+names are fresh, never reused or written over, and checked whenever they are read back.
 """
 
 from services.blobs.intake import Incoming, Intake, Room
+from services.blobs.local import LocalBlobs
+from services.blobs.naming import BlobMissing
+from services.blobs.s3 import S3Blobs
+from services.blobs.shelf import Lying, Shelf
 from services.blobs.sniff import SNIFF_BYTES, sniff
-from services.blobs.store import Blob, BlobMissing, BlobStore, StorageUnavailable
+from services.blobs.store import Blob, BlobStore, LocalFile, StorageUnavailable
 
 __all__ = [
     "SNIFF_BYTES",
@@ -16,7 +20,12 @@ __all__ = [
     "BlobStore",
     "Incoming",
     "Intake",
+    "LocalBlobs",
+    "LocalFile",
+    "Lying",
     "Room",
+    "S3Blobs",
+    "Shelf",
     "StorageUnavailable",
     "sniff",
 ]

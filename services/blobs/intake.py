@@ -1,23 +1,22 @@
 """The files of one request on their way into the store: hashed, told by content, counted and kept within limits.
 
 Bytes wait in memory until there are `FLUSH_BYTES` of them or `FLUSH_FILES` files are complete, then one thread hop
-writes them all; while it does, nothing more is read, so the pressure reaches the sender and memory stays flat. A file
-that is refused is hashed to its end (a request's fingerprint includes it) and not kept. What nobody asked to keep is
-removed when the intake closes, also after a disconnect.
+judges and writes them all; until the store has settled them nothing more is read, so the pressure reaches the sender
+and memory stays flat. A file that is refused is hashed to its end (a request's fingerprint includes it) and not kept.
+What nobody asked to keep is removed when the intake closes, also after a disconnect.
 """
 
 import contextlib
 import hashlib
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from schemas.errors import Code
+from services.blobs.naming import fresh_name
 from services.blobs.sniff import SNIFF_BYTES, sniff
-from services.blobs.store import BlobStore, StorageUnavailable, remove
+from services.blobs.store import BlobStore, Sink, StorageUnavailable
 
 FLUSH_BYTES = 1024 * 1024
 FLUSH_FILES = 64
@@ -38,19 +37,18 @@ class Incoming:
     With `hash_only` its bytes are only hashed and counted.
     """
 
-    def __init__(self, path: Path, blob: str, room: Room, *, hash_only: bool, fsync: bool) -> None:
+    def __init__(self, blob: str, sink: Sink, room: Room, *, hash_only: bool) -> None:
         self.blob = blob
         self.size_bytes = 0
         self.sha256 = ""
         self.content_type: str | None = None
         self.problem: Code | None = None
-        self.path = path
+        self.sink = sink
         self._room = room
         self._hash_only = hash_only
-        self._fsync = fsync
         self._digest = hashlib.sha256()
         self._head = b""
-        self._file: BinaryIO | None = None
+        self._begun = False
 
     def write(self, chunk: bytes) -> None:
         """Take more bytes; in a thread."""
@@ -60,7 +58,7 @@ class Incoming:
             self._keep(chunk)
         if self._wanted() and self.size_bytes > self._room.file_bytes_max:
             self._refuse(Code.FILE_TOO_LARGE)
-        if self._wanted() and self._file is not None and self.size_bytes > self._room.bytes:
+        if self._wanted() and self._begun and self.size_bytes > self._room.bytes:
             self._refuse(Code.BATCH_TOO_LARGE)
 
     def end(self) -> None:
@@ -68,7 +66,7 @@ class Incoming:
         self.sha256 = self._digest.hexdigest()
         if self._wanted() and self.size_bytes == 0:
             self._refuse(Code.EMPTY_FILE)
-        if self._wanted() and self._file is None:
+        if self._wanted() and not self._begun:
             self._begin()
         if self._wanted() and self.size_bytes > self._room.bytes:
             self._refuse(Code.BATCH_TOO_LARGE)
@@ -79,8 +77,8 @@ class Incoming:
         return not self._hash_only and self.problem is None
 
     def _keep(self, chunk: bytes) -> None:
-        if self._file is not None:
-            self._file.write(chunk)
+        if self._begun:
+            self.sink.write(chunk)
             return
         self._head += chunk
         if len(self._head) >= SNIFF_BYTES:
@@ -91,12 +89,6 @@ class Incoming:
         """Whether it ended and its bytes lie in the store."""
         return bool(self.sha256) and self.content_type is not None and self.problem is None
 
-    def close(self) -> None:
-        """Let go of the file, as it is."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def _begin(self) -> None:
         """The first bytes are here: tell what it is, and write them if it is taken."""
         self.content_type = sniff(self._head)
@@ -105,26 +97,22 @@ class Incoming:
         elif self._room.files <= 0:
             self._refuse(Code.TOO_MANY_FILES)
         else:
-            self.path.parent.mkdir(exist_ok=True)
-            self._file = self.path.open("xb")
-            self._file.write(self._head)
+            self._begun = True
+            self.sink.begin()
+            self.sink.write(self._head)
         self._head = b""
 
     def _finish(self) -> None:
-        assert self._file is not None, "a file with bytes and without a problem was begun"
-        self._file.flush()
-        if self._fsync:
-            os.fdatasync(self._file.fileno())
-        self.close()
+        assert self._begun, "a file with bytes and without a problem was begun"
+        self.sink.finish()
         self._room.files -= 1
         self._room.bytes -= self.size_bytes
 
     def _refuse(self, problem: Code) -> None:
         self.problem = problem
         self._head = b""
-        if self._file is not None:
-            self.close()
-            remove(self.path)
+        if self._begun:
+            self.sink.discard()
 
 
 @dataclass(slots=True)
@@ -148,8 +136,9 @@ class Intake:
 
     def begin(self, upload_id: str, *, hash_only: bool = False) -> Incoming:
         """A file begins; `hash_only` where its bytes are here already or are not wanted."""
-        blob = self.store.fresh_name(upload_id)
-        incoming = Incoming(self.store.path(blob), blob, self.room, hash_only=hash_only, fsync=self.store.fsync)
+        blob = fresh_name(upload_id)
+        sink = self.store.sink(blob, bytes_max=self.room.file_bytes_max)
+        incoming = Incoming(blob, sink, self.room, hash_only=hash_only)
         if not hash_only:
             self._files.add(incoming)
         return incoming
@@ -173,7 +162,7 @@ class Intake:
         waiting, self._waiting = self._waiting, []
         self._waiting_bytes = self._waiting_files = 0
         if waiting:
-            await self.store.run(lambda: self._write(waiting))
+            await self.store.settle(await self.store.run(lambda: _take(waiting)))
 
     def keep(self) -> None:
         """From here on the log may name these files, so none is removed unless it is dropped by name."""
@@ -185,22 +174,23 @@ class Intake:
         self._files.difference_update(dropped)
         if dropped:
             with contextlib.suppress(StorageUnavailable):
-                await self.store.run(lambda: _remove_all(dropped))
+                await self.store.settle(await self.store.run(lambda: _discard(dropped)))
 
-    def _write(self, waiting: list[tuple[Incoming, bytes | None]]) -> None:
-        finished: list[Path] = []
-        for incoming, chunk in waiting:
-            if chunk is not None:
-                incoming.write(chunk)
-                continue
+
+def _take(waiting: Iterable[tuple[Incoming, bytes | None]]) -> Sequence[Sink]:
+    """Judge and write what came, in order; the sinks that were told something."""
+    told: dict[Incoming, Sink] = {}
+    for incoming, chunk in waiting:
+        if chunk is None:
             incoming.end()
-            if incoming.kept:
-                finished.append(incoming.path)
-        for path in finished:
-            self.store.sync_folders(path)
+        else:
+            incoming.write(chunk)
+        told[incoming] = incoming.sink
+    return [*told.values()]
 
 
-def _remove_all(files: list[Incoming]) -> None:
-    for incoming in files:
-        incoming.close()
-        remove(incoming.path)
+def _discard(files: Iterable[Incoming]) -> Sequence[Sink]:
+    sinks = [incoming.sink for incoming in files]
+    for sink in sinks:
+        sink.discard()
+    return sinks

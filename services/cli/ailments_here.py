@@ -26,7 +26,10 @@ from services.embedded.folders import FREE_BYTES_MIN
 from services.embedded.jars import default_cache_dir, is_complete
 from services.embedded.locked import KAFKA_VERSION
 from services.keys import KeySet, KeysUnavailable
+from services.lifecycle import StartError
+from services.opening import open_blobs
 from services.processor.work.registry import installed_handlers
+from services.settings import Settings
 
 PYTHON_MIN = (3, 11)
 MEMORY_BYTES_MIN = 1_000_000_000
@@ -70,6 +73,8 @@ async def folder(patient: Patient) -> str:
 async def blob_folder(patient: Patient) -> str:
     if not patient.settings.blob_url:
         raise NotNeeded("SLUICE_BLOB_URL is not set: `sluice up` keeps files in its data folder")
+    if patient.settings.blob_bucket is not None:
+        return await _bucket(patient.settings)
     there = _nearest(patient.settings.blob_folder)
     if not os.access(there, os.W_OK | os.X_OK):
         raise Ailing(f"{there} cannot be written", "make it writable for the services, or change SLUICE_BLOB_URL")
@@ -77,6 +82,15 @@ async def blob_folder(patient: Patient) -> str:
     if free < FREE_BYTES_MIN:
         raise Ailing(f"the disk of {there} has {free / 1e6:.0f} MB left", "make room: files cannot be taken without")
     return f"{patient.settings.blob_folder} can be written, its disk has {free / 1e9:.1f} GB left"
+
+
+async def _bucket(settings: Settings) -> str:
+    try:
+        async with open_blobs(settings) as blobs:
+            return f"{blobs.url} answers; writing, reading, listing and deleting work there"
+    except StartError as error:
+        found, _, mend = str(error).rpartition(": ")
+        raise Ailing(found, mend) from error
 
 
 async def memory(patient: Patient) -> str:

@@ -15,6 +15,7 @@ from services.cli.errors import CliError
 from services.cli.operating import opened_database, opened_log
 from services.cli.up import SERVICES
 from services.eventlog import LogRefused
+from services.migrating import missing_tables
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
 READY_TIMEOUT_S = 5.0
@@ -54,10 +55,42 @@ async def database(patient: Patient) -> str:
         async with opened_database(patient.settings) as opened, opened.connection() as connection:
             version = await connection.fetchval("SHOW server_version")
             migrated = await connection.fetchval("SELECT to_regclass('sluice_ops.live_generation') IS NOT NULL")
+            broken = [] if not migrated else await missing_tables(connection)
     except CliError as error:
         raise Ailing(str(error), _way_to("postgres", patient)) from error
+    if broken:
+        raise Ailing(
+            f"Postgres {version} answers, but tables are gone: {', '.join(broken)}",
+            "start a processor: it makes the read models anew from the log",
+        )
     tables = "with Sluice's tables" if migrated else "without tables yet; the first start makes them"
     return f"Postgres {version} answers, {tables}"
+
+
+async def processors(patient: Patient) -> str:
+    """Who works the lanes, as they say themselves."""
+    _only_where(patient, "database_url")
+    async with opened_database(patient.settings) as opened, opened.connection() as connection:
+        if not await connection.fetchval("SELECT to_regclass('sluice_ops.processors') IS NOT NULL"):
+            raise NotNeeded("no processor of this version was started on this database yet")
+        rows = await connection.fetch(
+            "SELECT partition, worker_id, state, degraded, problems FROM sluice_ops.processors "
+            "WHERE heartbeat > clock_timestamp() - interval '5 seconds' ORDER BY partition, state DESC"
+        )
+    if not rows and not patient.runs:
+        raise NotNeeded("no processor works on this database now")
+    working = {row["partition"] for row in rows if row["state"] == "working"}
+    unworked = sorted(set(range(patient.settings.partitions)) - working)
+    if unworked:
+        raise Ailing(
+            f"no processor works lane {', '.join(map(str, unworked))}",
+            "start one for each: `python -m services.processor` with SLUICE_PARTITION",
+            bearable=not patient.runs,
+        )
+    without = [f"{row['worker_id']}: {why}" for row in rows for why in (*row["problems"], *row["degraded"])]
+    if without:
+        raise Ailing("; ".join(without), "look into that processor's log", bearable=True)
+    return f"{', '.join(row['worker_id'] for row in rows if row['state'] == 'working')} at work"
 
 
 async def same_log(patient: Patient) -> str:
@@ -85,8 +118,8 @@ async def same_log(patient: Patient) -> str:
             theirs = Position.of(next(iter(lanes.values())).log_id, {}).log
             raise Ailing(
                 f"Postgres has the read models of the log {theirs}, Kafka has the log {Position.of(log_id, {}).log}",
-                "check SLUICE_DATABASE_URL and SLUICE_KAFKA_BOOTSTRAP_SERVERS, or use an empty database: the read "
-                "models are made anew",
+                "check SLUICE_DATABASE_URL and SLUICE_KAFKA_BOOTSTRAP_SERVERS; where they are right, make the read "
+                "models anew from this log with `sluice replay`",
             )
         reader = log.reader(range(found.partitions))
         ends = await reader.ends()
@@ -147,6 +180,7 @@ THERE: Sequence[tuple[str, Check]] = (
     ("kafka", kafka),
     ("topic", topic),
     ("postgres", database),
+    ("processors", processors),
     ("same log", same_log),
     ("clocks", clocks),
     ("services", services),

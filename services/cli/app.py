@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rich.text import Text
 
 from schemas.ids import is_id
-from services.cli import connection, operator_app, up
+from services.cli import connection, operator_app, rebuild_app, up
 from services.cli.board import Board
 from services.cli.client import Api
 from services.cli.connection import DEFAULT_DATA_DIR, TOKEN_TTL_S
@@ -31,17 +31,25 @@ from services.cli.display import (
     past_line,
     print_json,
     print_line,
+    processors,
 )
-from services.cli.errors import EXIT_FAILURE, EXIT_WRONG_USE, CliError, Refused, WrongUse
+from services.cli.errors import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_WRONG_USE,
+    CliError,
+    Interrupted,
+    Refused,
+    WrongUse,
+)
 from services.cli.hints import addresses, data_dir_option, program, up_hints
 from services.cli.options import AsJson, DataDir, Port
-from services.cli.parts import Say
+from services.cli.part_logs import Say
 from services.cli.sending import Sent, check_files, send
 from services.cli.watching import follow, send_and_follow
 from services.embedded import EmbeddedError
 from services.settings import SettingsError
 
-EXIT_INTERRUPTED = 130  # what a shell gives who was ended by SIGINT
 BATCHES_SHOWN = 10
 PART_STYLES = {"api": "green", "processor": "magenta", "notifier": "cyan", "kafka": "yellow", "postgres": "blue"}
 T = TypeVar("T")
@@ -52,6 +60,7 @@ app = typer.Typer(
     help="Sluice: uploads that are not lost, with progress that is true.",
 )
 app.add_typer(operator_app.log, name="log")
+app.add_typer(rebuild_app.quarantine, name="quarantine")
 
 
 def main() -> None:
@@ -70,9 +79,16 @@ def main() -> None:
 
 @app.command("up")
 def up_command(
-    data_dir: DataDir = DEFAULT_DATA_DIR, api_port: Port = None, notifier_port: Port = None, *, as_json: AsJson = False
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    api_port: Port = None,
+    notifier_port: Port = None,
+    *,
+    restart: Annotated[
+        bool, typer.Option("--restart/--no-restart", help="Start again what dies; else all ends when a part does.")
+    ] = True,
+    as_json: AsJson = False,
 ) -> None:
-    """Start Kafka, Postgres and the three services on this machine, until Ctrl-C.
+    """Start Kafka, Postgres and the three services on this machine, and keep them running until Ctrl-C.
 
     SLUICE_KAFKA_BOOTSTRAP_SERVERS and SLUICE_DATABASE_URL name servers to use instead of starting some.
     """
@@ -86,7 +102,7 @@ def up_command(
                 print_json(stack.endpoints, indent=None)
             else:
                 _show_up(stack, plan)
-            await stack.parts.until_one_ends()
+            await (stack.keep() if restart else stack.parts.until_one_ends())
 
     asyncio.run(up.until_signal(story()))
     if not all(stack.clean for stack in stacks):
@@ -132,7 +148,8 @@ def upload_command(
     sent, uploads = _run(_upload(here, files, name=name, watch=watch, silent=as_json or quiet))
     failed = watch and any(upload["status"] != "completed" for upload in uploads)
     if quiet:
-        print_line(sent.batch["id"])
+        if sent.batch is not None:
+            print_line(sent.batch["id"])
     elif as_json:
         print_json({"batch": sent.batch, "accepted": uploads, "rejected": sent.rejected})
     else:
@@ -238,6 +255,8 @@ def retry_command(
     print_line(f"watch it:  {program()} watch{data_dir_option(data_dir)} {batch_id}")
 
 
+app.command("replay")(rebuild_app.replay_command)
+app.command("verify")(rebuild_app.verify_command)
 app.command("sweep")(operator_app.sweep_command)
 app.command("doctor")(operator_app.doctor_command)
 
@@ -247,7 +266,7 @@ def token_command(
     user: Annotated[str, typer.Option(help="Whom the token speaks for (its `sub`).")],
     data_dir: DataDir = DEFAULT_DATA_DIR,
     ttl: Annotated[float, typer.Option(min=1, help="For how many seconds it is good.")] = TOKEN_TTL_S,
-    scope: Annotated[list[str] | None, typer.Option(help="A scope it carries; may be given several times.")] = None,
+    scope: Annotated[list[str] | None, typer.Option(help="A scope it carries: read or write.")] = None,
     *,
     as_json: AsJson = False,
 ) -> None:
@@ -267,14 +286,20 @@ async def _upload(
 ) -> tuple[Sent, list[dict[str, Any]]]:
     """What was sent, and the uploads: right after they were taken, or with `watch` as they ended."""
     async with Api.open(here) as api:
-        if not watch:
-            sent = await send(api, await api.create_batch(name=name), files)
-            return sent, sent.accepted
-        if silent:
-            sent, board = await send_and_follow(api, token=here.token, files=files, name=name, shown=Silence())
-        else:
-            async with display() as shown:
-                sent, board = await send_and_follow(api, token=here.token, files=files, name=name, shown=shown)
+        batch = await api.create_batch(name=name)
+        try:
+            if not watch:
+                sent = await send(api, batch, files)
+                return sent, sent.accepted
+            if silent:
+                sent, board = await send_and_follow(api, batch, token=here.token, files=files, shown=Silence())
+            else:
+                async with display() as shown:
+                    sent, board = await send_and_follow(api, batch, token=here.token, files=files, shown=shown)
+        except asyncio.CancelledError:
+            raise Interrupted(batch["id"]) from None
+        if sent.batch is None:
+            return sent, []
         sent.batch = await api.batch(board.batch_id, min_position=board.position)
         return sent, await api.uploads(board.batch_id, min_position=board.position)
 
@@ -342,10 +367,14 @@ def _show_sent(sent: Sent, uploads: list[dict[str, Any]], *, watched: bool, data
     if watched:
         console.print(outcomes(uploads, sent.rejected))
         return
-    print_line(f"batch {sent.batch['id']}: {len(uploads)} files taken, {len(sent.rejected)} rejected")
+    if sent.batch is None:
+        print_line("no file was taken, so there is no batch")
+    else:
+        print_line(f"batch {sent.batch['id']}: {len(uploads)} files taken, {len(sent.rejected)} rejected")
     for one in sent.rejected:
         print_line(clean(f"  rejected: {one['filename']}: {one['detail']} ({one['code']})"))
-    print_line(f"watch it:  {program()} watch{data_dir_option(data_dir)} {sent.batch['id']}")
+    if sent.batch is not None:
+        print_line(f"watch it:  {program()} watch{data_dir_option(data_dir)} {sent.batch['id']}")
 
 
 def _show_service(status: dict[str, Any], newest: list[dict[str, Any]], *, as_json: bool) -> None:
@@ -353,8 +382,11 @@ def _show_service(status: dict[str, Any], newest: list[dict[str, Any]], *, as_js
         print_json({"status": status, "batches": newest})
         return
     console = console_of()
-    console.print(members(status))
+    console.print(members({name: value for name, value in status.items() if name != "processors"}))
     console.print()
+    if status.get("processors"):
+        console.print(processors(status["processors"]))
+        console.print()
     console.print(batches(newest) if newest else Text("This user has no batches."))
 
 

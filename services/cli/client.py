@@ -139,6 +139,15 @@ class Api:
         url = f"/v1/batches/{quote(batch_id, safe='')}/cancel"
         return await self._write(lambda: self._http.build_request("POST", url))
 
+    async def delete(self, batch_id: str) -> None:
+        """Remove the batch; one that is gone already stays so."""
+        url = f"/v1/batches/{quote(batch_id, safe='')}"
+        try:
+            await self._write(lambda: self._http.build_request("DELETE", url))
+        except Refused as refusal:
+            if refusal.status != HTTPStatus.NOT_FOUND:
+                raise
+
     async def retry_batch(self, batch_id: str) -> dict[str, Any]:
         """Queue every failed upload of the batch again; the batch."""
         return await self._retry(f"/v1/batches/{quote(batch_id, safe='')}/retry")
@@ -205,6 +214,8 @@ def _retry_after_s(response: httpx.Response) -> float:
 
 def _body(response: httpx.Response) -> dict[str, Any]:
     """The answer's JSON object; raises Refused where it is a problem or nothing Sluice would say."""
+    if response.status_code == HTTPStatus.NO_CONTENT:
+        return {}
     try:
         body = response.json()
     except ValueError:

@@ -68,7 +68,15 @@ def find(*, data_dir: Path) -> Connection:
 
 
 def make_token(*, user: str, data_dir: Path, ttl_s: float = TOKEN_TTL_S, scopes: tuple[str, ...] = ()) -> str:
-    """A token signed with SLUICE_JWT_SECRET, else with the secret that `sluice up` keeps in `data_dir`."""
+    """A token signed with SLUICE_JWT_SECRET, else with the secret that `sluice up` keeps in `data_dir`.
+
+    Raises WrongUse, for a scope that means nothing too: such a token would be refused wherever it is shown.
+    """
+    if unknown := [scope for scope in scopes if scope not in auth.SCOPES]:
+        there = " and ".join(sorted(auth.SCOPES))
+        raise WrongUse(
+            f"--scope {unknown[0]!r:.80} means nothing here: there are {there}; without any it carries both."
+        )
     configured = settings.load()
     if configured.jwt_secret is not None:
         secret = configured.jwt_secret.get_secret_value()

@@ -15,7 +15,7 @@ from services.cli.client import Api
 from services.cli.connection import Connection
 from services.cli.display import Silence, clean, display, outcomes, print_json
 from services.cli.hints import addresses, curl_hints
-from services.cli.parts import Say
+from services.cli.part_logs import Say
 from services.cli.sending import Sent
 from services.cli.watching import send_and_follow
 from services.demo import FAILURES, pictures
@@ -50,9 +50,10 @@ class Demo:
     async def _send(self, here: Connection) -> tuple[Sent, list[dict[str, Any]]]:
         async with contextlib.AsyncExitStack() as stack:
             api = await stack.enter_async_context(Api.open(here))
+            batch = await api.create_batch(name="demo")
             shown = Silence() if self._as_json else await stack.enter_async_context(display())
-            sent, board = await send_and_follow(api, token=here.token, files=pictures(), name="demo", shown=shown)
-            return sent, await api.uploads(board.batch_id, min_position=board.position)
+            sent, board = await send_and_follow(api, batch, token=here.token, files=pictures(), shown=shown)
+            return sent, [] if sent.batch is None else await api.uploads(board.batch_id, min_position=board.position)
 
     def _show(self, stack: up.Stack, sent: Sent, uploads: Sequence[Mapping[str, Any]], here: Connection) -> None:
         self._console.print()
@@ -64,9 +65,10 @@ class Demo:
             broken = ", ".join(FAILURES)
             self._console.print(f"All as it should be: {broken} is broken on purpose, the others completed.\n")
         self._console.print(addresses(stack.endpoints, data_dir=self._plan.data_dir))
-        if self._stays:
+        if self._stays and sent.batch is not None:
             for line in curl_hints(here, batch_id=sent.batch["id"]):
                 self._console.print(line, markup=False, soft_wrap=True)
+        if self._stays:
             self._console.print("\nCtrl-C stops it.", style="bold")
 
 

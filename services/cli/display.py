@@ -34,6 +34,7 @@ STATUS_STYLES = {
     "processing": "cyan",
     "rejected": "red",
     "full": "green",
+    "working": "green",
     "degraded": "yellow",
 }
 
@@ -226,6 +227,19 @@ def batches(found: Sequence[Mapping[str, Any]]) -> Table:
         files = f"{done}/{batch['total_uploads']}"
         name = Text(clean(batch["name"] or "–"))
         table.add_row(batch["id"], name, status, files, str(batch["failed_uploads"]), batch["created_at"])
+    return table
+
+
+def processors(found: Sequence[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("lane", "processor", "state", "since", "heard", "at work"):
+        table.add_column(heading, no_wrap=heading == "processor")
+    for each in found:
+        state = Text(each["state"], style=STATUS_STYLES.get(each["state"], ""))
+        work = f"since {each['working_since']}, attempt {each['attempt']}" if each["working_since"] else "–"
+        table.add_row(
+            str(each["partition"]), clean(each["worker_id"]), state, each["since"], f"{each['heard_s']:.1f} s ago", work
+        )
     return table
 
 

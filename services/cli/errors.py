@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 EXIT_FAILURE = 1
 EXIT_WRONG_USE = 2
+EXIT_INTERRUPTED = 130
 
 
 class CliError(Exception):
@@ -31,6 +32,18 @@ class Refused(CliError):  # noqa: N818  # the api's word for it
 
 class Unreachable(CliError):  # noqa: N818  # the same
     """Nobody answers at an address."""
+
+
+class Interrupted(CliError):  # noqa: N818  # reads as what happened
+    """Ctrl-C while files were being sent, or watched."""
+
+    exit_code = EXIT_INTERRUPTED
+
+    def __init__(self, batch_id: str) -> None:
+        super().__init__(
+            f"Stopped. Batch {batch_id} keeps what was sent so far: `sluice status {batch_id}` shows it, "
+            f"`sluice cancel {batch_id}` ends it."
+        )
 
 
 @contextlib.contextmanager

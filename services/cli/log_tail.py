@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from schemas.events import BatchCreated, Fact, Undecodable, decode, public_data
+from schemas.events import BatchCreated, Fact, Undecodable, decode, public_data, type_of
 from schemas.position import InvalidPositionError, Position
 from schemas.records import StoredRecord
 from schemas.views import rfc3339
@@ -19,6 +19,7 @@ from services.cli.operating import log_id_of, partitions_of, require_same_log
 from services.database import Database
 from services.eventlog import EventLog, LogReader, LogUnavailable
 
+NEWEST = 10
 READ_RECORDS_MAX = 1_000
 READ_TIMEOUT_MS = 500
 NAME_COLUMNS = 22
@@ -39,13 +40,23 @@ class Filter:
     def takes(self, fact: Fact | Undecodable, user_of: Callable[[str], str | None]) -> bool:
         if isinstance(fact, Undecodable):
             return self == Filter()
-        if self.type is not None and self.type.lower() not in (fact.event.type.lower(), short(fact.event.type).lower()):
+        if self.type is not None and self.type.lower() not in _names(fact.event.type):
             return False
         return (
             (self.batch is None or fact.batch_id == self.batch)
             and (self.upload is None or fact.upload_id == self.upload)
             and (self.user is None or _user(fact, user_of) == self.user)
         )
+
+
+def checked(wanted: Filter, *, start: str | None, newest: int | None) -> int:
+    """How many records to begin with; raises WrongUse for what could show nothing, or not what was meant."""
+    if wanted.type is not None and not any(wanted.type.lower() in _names(each) for each in type_of):
+        there = ", ".join(short(each) for each in type_of)
+        raise WrongUse(f"--type {wanted.type!r:.80}: there are no such facts. There are {there}.")
+    if start is not None and newest is not None:
+        raise WrongUse("--from and --newest each say where to begin: leave one of them out.")
+    return NEWEST if newest is None else newest
 
 
 @dataclass(slots=True)
@@ -151,6 +162,11 @@ def line(fact: Fact | Undecodable, *, log_id: str) -> str:
     parts = [f"{name}={told(data.pop(f'{name}_id'))}" for name in ("batch", "upload") if data.get(f"{name}_id")]
     parts += [f"{name}={told(value)}" for name, value in data.items() if value not in (None, {}, [])]
     return clean(f"{begin} {short(fact.event.type):<{NAME_COLUMNS}} {'  '.join(parts)}")
+
+
+def _names(event_type: str) -> tuple[str, str]:
+    """What a type of facts may be called by, in small letters."""
+    return event_type.lower(), short(event_type).lower()
 
 
 def short(event_type: str) -> str:

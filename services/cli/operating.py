@@ -59,10 +59,10 @@ async def opened_log(settings: Settings) -> AsyncIterator[EventLog]:
 
 
 @contextlib.asynccontextmanager
-async def opened_database(settings: Settings) -> AsyncIterator[Database]:
+async def opened_database(settings: Settings, *, pool_max: int = 2) -> AsyncIterator[Database]:
     """The read models; DatabaseUnavailable in the block becomes CliError."""
     try:
-        database = await Database.open(settings.database_url.get_secret_value(), pool_max=2)
+        database = await Database.open(settings.database_url.get_secret_value(), pool_max=pool_max)
         try:
             yield database
         finally:

@@ -1,7 +1,7 @@
-"""The commands for operators, `log tail`, `sweep` and `doctor`: what each takes. They talk to the stores directly.
+"""The commands for operators, `log`, `sweep` and `doctor`: what each takes. They talk to the stores directly.
 
-What they do is in `operators.py`, which is imported when one of them is called: with the clients of Kafka and Postgres
-it would double the time that every other command takes to start.
+What they do is in `operators.py` and `archives.py`, which are imported when one of them is called: with the clients of
+Kafka and Postgres they would double the time that every other command takes to start.
 """
 
 from typing import Annotated
@@ -13,7 +13,7 @@ from services.cli.options import AsJson, DataDir
 
 DAY_H = 24.0
 
-log = typer.Typer(no_args_is_help=True, help="Look at the log itself.")
+log = typer.Typer(no_args_is_help=True, help="Look at the log itself, save it, bring it back.")
 
 
 @log.command("tail")
@@ -24,7 +24,10 @@ def log_tail_command(
         typer.Option("--from", metavar="start|POSITION", help="Begin with the log's first record, or with this one."),
     ] = None,
     end: Annotated[str | None, typer.Option("--to", metavar="POSITION", help="End with this record.")] = None,
-    newest: Annotated[int, typer.Option("--newest", "-n", min=0, help="Without --from: how many to begin with.")] = 10,
+    newest: Annotated[
+        int | None,
+        typer.Option("--newest", "-n", min=0, help="Without --from: how many to begin with; 10 if not given."),
+    ] = None,
     batch: Annotated[str | None, typer.Option(help="Only facts of this batch.")] = None,
     upload: Annotated[str | None, typer.Option(help="Only facts of this upload.")] = None,
     user: Annotated[str | None, typer.Option(help="Only facts of this user's batches.")] = None,
@@ -37,7 +40,42 @@ def log_tail_command(
     from services.cli import log_tail, operators  # noqa: PLC0415  # see the module's text
 
     wanted = log_tail.Filter(batch=batch, upload=upload, user=user, type=event_type)
+    newest = log_tail.checked(wanted, start=start, newest=newest)
     operators.show_log(data_dir, wanted, start=start, end=end, newest=newest, follow=follow, as_json=as_json)
+
+
+@log.command("export")
+def log_export_command(
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A folder, or s3://bucket/prefix.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    batch: Annotated[str | None, typer.Option(help="Only this batch, as a log that rebuilds it elsewhere.")] = None,
+    erase: Annotated[str | None, typer.Option(metavar="USER", help="All but what this user's batches say.")] = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Copy the log into files with checksums. Run again, it goes on: what is new is added.
+
+    The services may run meanwhile. The bytes of uploads are no part of it.
+    """
+    from services.cli import archives  # noqa: PLC0415  # see the module's text
+
+    archives.export_log(data_dir, dest, batch=batch, erase=erase, as_json=as_json)
+
+
+@log.command("import")
+def log_import_command(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="What `log export` wrote.")],
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Write an export into an empty Kafka, at the same positions. Run again, it goes on.
+
+    Where nothing runs in the data folder, its Kafka is started for this; `sluice up` then starts with the log.
+    """
+    from services.cli import archives  # noqa: PLC0415  # see the module's text
+
+    archives.import_log(data_dir, source, as_json=as_json)
 
 
 def sweep_command(

@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from services.blobs import BlobStore, StorageUnavailable
+from services.blobs import StorageUnavailable
 from services.cli import doctor, log_tail, up
 from services.cli.display import clean, console_of, print_json, size
 from services.cli.errors import EXIT_FAILURE, CliError, WrongUse
 from services.cli.log_tail import Filter
 from services.cli.operating import log_id_of, opened_database, opened_log, operator_settings
+from services.lifecycle import StartError
+from services.opening import open_blobs
 from services.settings import Settings
 from services.sweeping import Report, Sweeper, SweepRefused
 
@@ -67,7 +69,7 @@ def show_log(
 def sweep(data_dir: Path, ages: Ages, *, dry_run: bool, contents: bool, as_json: bool) -> None:
     """Sweep the blob store and tell what was found; raises typer.Exit where a file is missing or damaged."""
     settings = operator_settings(data_dir=data_dir, needs=("kafka_bootstrap_servers", "database_url", "blob_url"))
-    if not settings.blob_folder.is_dir():
+    if settings.blob_bucket is None and not settings.blob_folder.is_dir():
         raise WrongUse(f"{settings.blob_folder}, which SLUICE_BLOB_URL names, is no folder: nothing to sweep there.")
 
     async def story() -> Report:
@@ -75,7 +77,7 @@ def sweep(data_dir: Path, ages: Ages, *, dry_run: bool, contents: bool, as_json:
             async with (
                 opened_log(settings) as opened,
                 opened_database(settings) as database,
-                BlobStore.open(settings.blob_folder, fsync=settings.fsync) as store,
+                open_blobs(settings) as store,
             ):
                 sweeper = Sweeper(
                     log=opened,
@@ -91,7 +93,7 @@ def sweep(data_dir: Path, ages: Ages, *, dry_run: bool, contents: bool, as_json:
 
     try:
         report = asyncio.run(story())
-    except (SweepRefused, StorageUnavailable) as error:
+    except (SweepRefused, StorageUnavailable, StartError) as error:
         raise CliError(f"Nothing was swept: {error}.") from error
     if as_json:
         print_json({name: value for name, value in dataclasses.asdict(report).items() if name != "step"})
@@ -131,8 +133,9 @@ def _step(report: Report) -> str:
 def _show_sweep(report: Report, settings: Settings) -> None:
     console = console_of()
     would = "would be moved" if report.dry_run else "moved"
+    place = settings.blob_folder if settings.blob_bucket is None else settings.blob_url
     lines = [
-        f"{report.blobs} blobs, {size(report.bytes)}, in {settings.blob_folder}",
+        f"{report.blobs} blobs, {size(report.bytes)}, in {place}",
         f"{len(report.discarded)} that nobody refers to, {size(report.discarded_bytes)}, {would} into the trash",
         f"{report.young} more that nobody refers to, but that are too young",
     ]

@@ -24,9 +24,10 @@ OF_THE_WHOLE_BATCH = frozenset({"unauthorized", "forbidden_scope", "not_found", 
 
 @dataclass(slots=True)
 class Sent:
-    """`accepted`: uploads as they were right after they were taken; `rejected`: filename, code, detail."""
+    """`accepted`: uploads as they were right after they were taken; `rejected`: filename, code, detail; `batch`: None
+    where no file was taken, there is none then."""
 
-    batch: dict[str, Any]
+    batch: dict[str, Any] | None
     accepted: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
@@ -53,13 +54,14 @@ def _complaint(path: Path) -> str | None:
 async def send(
     api: Api, batch: dict[str, Any], files: Sequence[Path], *, on_file: Callable[[int], None] = lambda _done: None
 ) -> Sent:
-    """Send the files into the batch and seal it. `on_file` is told how many were taken or refused so far."""
+    """Send the files into the batch and seal it, or remove it where none was taken. `on_file` is told how many were
+    taken or refused so far."""
     sent = Sent(batch)
     room = asyncio.Semaphore(AT_ONCE)
 
     async def one(path: Path, *, name_is_new: bool) -> None:
         async with room:
-            await _send_one(api, sent, path, name_is_new=name_is_new)
+            await _send_one(api, sent, batch["id"], path, name_is_new=name_is_new)
             on_file(len(sent.accepted) + len(sent.rejected))
 
     seen: set[str | None] = set()
@@ -69,18 +71,22 @@ async def send(
                 name = safe_filename(path.name)
                 sending.create_task(one(path, name_is_new=name not in seen))
                 seen.add(name)
-    sent.batch = await api.seal(batch["id"])
+    if sent.accepted:
+        sent.batch = await api.seal(batch["id"])
+    else:
+        await api.delete(batch["id"])
+        sent.batch = None
     return sent
 
 
-async def _send_one(api: Api, sent: Sent, path: Path, *, name_is_new: bool) -> None:
+async def _send_one(api: Api, sent: Sent, batch_id: str, path: Path, *, name_is_new: bool) -> None:
     """One file: into `accepted` or `rejected`. Raises Refused where the whole batch is refused, Unreachable."""
     try:
         file = await asyncio.to_thread(FileToSend.of, path, safe_filename(path.name) or path.name)
         if name_is_new:
-            sent.accepted.append(await api.put(sent.batch["id"], file))
+            sent.accepted.append(await api.put(batch_id, file))
         else:
-            answer = await api.post(sent.batch["id"], file)
+            answer = await api.post(batch_id, file)
             sent.accepted += answer["accepted"]
             sent.rejected += answer["rejected"]
     except Refused as refusal:

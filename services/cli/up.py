@@ -1,9 +1,10 @@
-"""Everything on this machine: Kafka ‖ Postgres, then the three services, until told to stop or until a part dies.
+"""Everything on this machine: Kafka ‖ Postgres, then the three services, until told to stop.
 
 `running` reads top to bottom in the order of the start, and the stop is the same backwards: the api first, so that
 nothing new comes in, then the processor, which gives its file back, then the notifier, which tells that to who watches,
 then the servers. Servers named by SLUICE_KAFKA_BOOTSTRAP_SERVERS and SLUICE_DATABASE_URL are used as they are.
-Each part as a child process: `parts.py`; the embedded servers: `services/embedded`.
+Each part as a child process: `parts.py`; what is done when one dies: `supervision.py`; the embedded servers:
+`services/embedded`.
 """
 
 import asyncio
@@ -20,7 +21,9 @@ import httpx
 
 from services.cli import connection
 from services.cli.errors import WrongUse, one_error
-from services.cli.parts import PartEnded, Parts, Say, Service, followed, stop
+from services.cli.part_logs import Say, followed
+from services.cli.parts import Part, Server, Service, stop
+from services.cli.supervision import Parts, Supervisor
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
 from services.embedded.folders import FolderLock, free_ports, lock_folder, make_folder
 from services.lifecycle import stop_signals
@@ -29,6 +32,7 @@ from services.settings import Settings, load
 SERVICES = ("notifier", "processor", "api")
 """In the order of their start; they are stopped the other way round."""
 STOP_AFTER_DEATH_S = 5.0
+ASK_TIMEOUT_S = 5.0
 PORT_OPTIONS = {
     "api": "--api-port",
     "notifier": "--notifier-port",
@@ -49,11 +53,31 @@ class Plan:
 
 @dataclass(slots=True)
 class Stack:
-    """What runs. `clean` becomes false when a part did not stop as it should."""
+    """What runs. `clean` becomes false when a part did not stop as it should.
+
+    Either `parts` tells when one ends, or all are kept running by `keep`; the former until the latter is called.
+    """
 
     parts: Parts
+    supervisor: Supervisor
+    servers: list[Server] = field(default_factory=list)
+    services: list[Service] = field(default_factory=list)
     endpoints: dict[str, Any] = field(default_factory=dict)
+    kept: bool = False
     clean: bool = True
+
+    async def keep(self) -> None:
+        """Start again what ends, until cancelled."""
+        self.kept = True
+        await self.parts.forget()
+        await self.supervisor.keep(self.members())
+
+    def members(self) -> list[Part]:
+        return [*self.servers, *self.services]
+
+    def pids(self) -> dict[str, int]:
+        """The processes of the parts that run now."""
+        return {part.name: part.pid for part in self.members() if part.pid is not None}
 
 
 def plan(
@@ -92,36 +116,30 @@ async def running(plan: Plan, *, say: Say, follow: bool) -> AsyncIterator[Stack]
 
     Raises EmbeddedError, CliError; `PartEnded` comes to whoever waits on `stack.parts`.
     """
-    stack = Stack(Parts())
     async with AsyncExitStack() as stopping:
         lock = await lock_folder(plan.data_dir)
         stopping.callback(lock.release)
         if "jwt_secret" not in plan.settings.model_fields_set:
             connection.keep_secret(plan.data_dir)  # made or refused now, not when the servers have started
+        http = await stopping.enter_async_context(_client())
+        stack = Stack(Parts(), Supervisor(http=http, say=say, changed=lambda: _write_endpoints(plan, stack)))
         kafka, database_url = await _start_servers(plan, stack, stopping, say)
         environment = _environment(plan, kafka=kafka, database_url=database_url)
-        started = [
+        for name, port, own in _members(plan):
             await _start_service(
                 name, port, plan, stack, stopping, lock=lock, environment=environment | own, say=say, follow=follow
             )
-            for name, port, own in _members(plan)
-        ]
         stopping.push_async_callback(stack.parts.forget)
-        async with httpx.AsyncClient(trust_env=False, timeout=5.0) as http:
-            await stack.parts.unless_one_ends(_all_ready(started, http, say))
-        stack.endpoints = {service.name: service.url for service in reversed(started) if service.name in SERVICES} | {
-            "kafka": kafka,
-            "postgres": database_url,
-            "blobs": environment["SLUICE_BLOB_URL"],
-            "pid": os.getpid(),
-        }
-        connection.write_endpoints(plan.data_dir, stack.endpoints)
+        await stack.parts.unless_one_ends(_all_ready(stack.services, http, say))
+        stack.endpoints = {
+            service.name: service.url for service in reversed(stack.services) if service.name in SERVICES
+        } | {"kafka": kafka, "postgres": database_url, "blobs": environment["SLUICE_BLOB_URL"], "pid": os.getpid()}
+        _write_endpoints(plan, stack)
         stopping.callback(connection.endpoints_file(plan.data_dir).unlink, missing_ok=True)
         try:
             yield stack
-        except PartEnded:
-            await _stop_all_at_once(stack, started, say)
-            raise
+        finally:
+            await _before_stop(stack, say)
 
 
 async def until_signal(story: Coroutine[Any, Any, None]) -> None:
@@ -159,8 +177,8 @@ async def _start_servers(plan: Plan, stack: Stack, stopping: AsyncExitStack, say
                 say(server.name, "starting")
                 starting.create_task(server.start())
     for server in wanted:
-        size = server.log_file.stat().st_size
-        stack.parts.watch(server.name, server.wait, log_file=server.log_file, log_began=max(0, size - 4_000))
+        stack.servers.append(Server(server))
+        stack.parts.watch(server.name, server.wait, log_file=server.log_file, log_began=server.log_began)
         match server:
             case EmbeddedKafka():
                 kafka = server.bootstrap_servers
@@ -170,6 +188,9 @@ async def _start_servers(plan: Plan, stack: Stack, stopping: AsyncExitStack, say
 
 
 async def _stop_server(server: EmbeddedKafka | EmbeddedPostgres, say: Say) -> None:
+    if not server.runs:
+        await server.stop()  # what it holds
+        return
     began = time.monotonic()
     await server.stop()
     say(server.name, f"stopped after {time.monotonic() - began:.1f} s")
@@ -201,7 +222,7 @@ async def _start_service(
     environment: dict[str, str],
     say: Say,
     follow: bool,
-) -> Service:
+) -> None:
     say(name, "starting")
     service = await Service.start(
         name,
@@ -219,13 +240,12 @@ async def _start_service(
 
     stopping.push_async_callback(stop_it)
     stack.parts.watch(name, service.wait, log_file=service.log_file, log_began=service.log_began)
-    return service
+    stack.services.append(service)
 
 
 async def _all_ready(started: list[Service], http: httpx.AsyncClient, say: Say) -> None:
     async def one(service: Service) -> None:
-        await service.ready(http)
-        say(service.name, f"ready at {service.url}")
+        say(service.name, f"ready at {await service.ready(http)}")
 
     with one_error():
         async with asyncio.TaskGroup() as waiting:
@@ -233,11 +253,18 @@ async def _all_ready(started: list[Service], http: httpx.AsyncClient, say: Say) 
                 waiting.create_task(one(service))
 
 
-async def _stop_all_at_once(stack: Stack, started: list[Service], say: Say) -> None:
-    """Where a part is missing the others cannot drain in good order: none should wait for another's limit."""
-    say("up", "a part ended, stopping the others")
+async def _before_stop(stack: Stack, say: Say) -> None:
+    """Say how often parts were started again. Where a server is missing the services cannot drain in good order, nor
+    where a part's end is the end of all: then none waits for another's limit.
+    """
     await stack.parts.forget()
-    await asyncio.gather(*(service.process.stop(within_s=STOP_AFTER_DEATH_S) for service in started))
+    for name, restarts in stack.supervisor.restarts.items():
+        say(name, f"was started again {restarts} time{'s' if restarts > 1 else ''}")
+    missing = [part.name for part in stack.members() if part.pid is None]
+    if any(server.pid is None for server in stack.servers) or (missing and not stack.kept):
+        say("up", f"without {' and '.join(missing)}: stopping all services at once")
+        stops = (stop(service, say=say, within_s=STOP_AFTER_DEATH_S) for service in stack.services)
+        stack.clean &= all(await asyncio.gather(*stops))
 
 
 def _environment(plan: Plan, *, kafka: str, database_url: str) -> dict[str, str]:
@@ -252,6 +279,16 @@ def _environment(plan: Plan, *, kafka: str, database_url: str) -> dict[str, str]
         "SLUICE_BLOB_URL": plan.settings.blob_url or (plan.data_dir / "blobs").as_uri(),
         **{f"SLUICE_{name.upper()}_PORT": str(getattr(plan.settings, f"{name}_port")) for name in SERVICES},
     }
+
+
+def _write_endpoints(plan: Plan, stack: Stack) -> None:
+    stack.endpoints["pids"] = stack.pids()
+    connection.write_endpoints(plan.data_dir, stack.endpoints)
+
+
+def _client() -> httpx.AsyncClient:
+    """For asking our own services how they are: a connection each time, since any of them may be another process."""
+    return httpx.AsyncClient(trust_env=False, timeout=ASK_TIMEOUT_S, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 def is_free(settings: Settings, port: int) -> bool:

@@ -67,13 +67,12 @@ async def follow(
 
 
 async def send_and_follow(
-    api: Api, *, token: str, files: Sequence[Path], name: str | None, shown: Display
+    api: Api, batch: dict[str, Any], *, token: str, files: Sequence[Path], shown: Display
 ) -> tuple[Sent, Board]:
-    """Send the files as a batch and show it meanwhile, until it ended.
+    """Send the files into the new batch and show it meanwhile, until it ended (or is gone, as no file was taken).
 
     Watching that fails does not keep the files from being sent: then CliError says so and names the batch.
     """
-    batch = await api.create_batch(name=name)
     begun = asyncio.Event()
     following = asyncio.create_task(
         follow(api, token=token, batch_id=batch["id"], shown=shown, announced=files, on_begun=begun.set), name="follow"

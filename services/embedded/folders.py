@@ -21,7 +21,7 @@ from services.embedded.errors import EmbeddedError
 
 FREE_BYTES_MIN = 300_000_000  # Kafka preallocates indexes, Postgres its log; both fail in ugly ways on a full disk
 PORTS_BEGIN, PORTS_END = 20_000, 32_000  # below the ports that systems hand out to clients (Linux: from 32768)
-LOCK_WAIT_S = 20.0  # a server whose starter was killed is given this long to stop
+LOCK_WAIT_S = 45.0  # a server or service whose starter was killed is given this long to stop: more than its grace
 LOCK_POLL_S = 0.05
 
 
@@ -59,15 +59,19 @@ class FolderLock:
         os.close(self.descriptor)
 
 
-async def lock_folder(folder: Path) -> FolderLock:
-    """Take the folder; where its last user was killed and the server is still stopping, wait. Raises EmbeddedError."""
+async def lock_folder(folder: Path, *, ours_ended: bool = False) -> FolderLock:
+    """Take the folder; where its last user was killed and the server is still stopping, wait. Raises EmbeddedError.
+
+    `ours_ended`: the last user is this very process, whose server has ended.
+    """
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     with ExitStack() as undo:
         undo.callback(os.close, descriptor)
         deadline = time.monotonic() + LOCK_WAIT_S
         while not try_lock(descriptor):
             owner = os.pread(descriptor, 20, 0).decode().strip()
-            if _is_alive(owner) or time.monotonic() > deadline:
+            ended = not _is_alive(owner) or (ours_ended and owner == str(os.getpid()))
+            if not ended or time.monotonic() > deadline:
                 raise EmbeddedError(
                     f"{folder} is in use by process {owner or 'unknown'}: two servers in one folder would damage it. "
                     f"Stop that one, or name another data folder."

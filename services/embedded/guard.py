@@ -3,8 +3,9 @@
 Runs as a program of its own (`python -I -S guard.py …`) between Sluice and a server: standard input is the *lease*, the
 other end of which the parent holds and never writes to. When it ends, because the parent let go or because the kernel
 closed it for a parent that was killed, the server is told to stop, and killed when it takes longer than its grace.
-Invariants: the server never outlives the guard by more than the kernel needs (Linux) and the guard never outlives the
-server; the exit code is the server's, 128 + N when signal N ended it. Standard library only, no threads.
+Invariants: the server never outlives the guard by more than the kernel needs (Linux) and the guard outlives the server
+only until what that left behind has ended; the exit code is the server's, 128 + N when signal N ended it. Standard
+library only, no threads.
 Who starts a guard and what it is told: `process.py`.
 """
 
@@ -21,16 +22,21 @@ import time
 from collections.abc import Callable
 
 PARENT_CHECK_S = 1.0  # a forked relative of the parent may hold the lease's other end; then this finds the parent gone
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # <linux/prctl.h>
+LEFT_BEHIND_GRACE_S = 2.0  # Postgres' sessions end themselves when their server was killed, unless busy or paused
+LEFT_BEHIND_CHECK_S = 0.05
 
 
 def main() -> int:
     options = parse_arguments()
     woken = watch_signals()
+    adopt_orphans()
     server = start_server(options)
     report_pid(server.pid)
     wait_for_a_reason_to_stop(server, woken, parent_pid=options.parent_pid)
-    return stop(server, stop_signal=options.stop_signal, grace_s=options.grace_s)
+    code = stop(server, stop_signal=options.stop_signal, grace_s=options.grace_s)
+    end_what_is_left()
+    return code
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -119,6 +125,38 @@ def stop(server: subprocess.Popen[bytes], *, stop_signal: int, grace_s: float) -
         server.kill()
     code = server.wait()
     return code if code >= 0 else 128 - code
+
+
+def adopt_orphans() -> None:
+    """Become the parent of what the server leaves behind, which else would be nobody's and hold the folder's lock."""
+    if sys.platform == "linux":
+        import ctypes  # noqa: PLC0415  # where it is not needed it may be missing
+
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def end_what_is_left() -> None:
+    """Wait for the adopted ones to end, and kill those that do not. The server itself has ended."""
+    deadline = time.monotonic() + LEFT_BEHIND_GRACE_S
+    while True:
+        try:
+            pid, _ = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            if time.monotonic() > deadline:
+                kill_children()
+            time.sleep(LEFT_BEHIND_CHECK_S)
+
+
+def kill_children() -> None:
+    """All of them by /proc, since we did not start them."""
+    for folder in filter(str.isdigit, os.listdir("/proc")):  # noqa: PTH208  # pathlib costs a third of our start
+        with contextlib.suppress(OSError):
+            with open(f"/proc/{folder}/stat", "rb") as stat:  # noqa: PTH123  # as above
+                parent = int(stat.read().rpartition(b")")[2].split()[1])
+            if parent == os.getpid():
+                os.kill(int(folder), signal.SIGKILL)
 
 
 if __name__ == "__main__":

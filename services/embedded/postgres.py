@@ -18,6 +18,8 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from services.embedded.errors import EmbeddedError
 from services.embedded.folders import FolderLock
 from services.embedded.process import GuardedProcess, User, run_guarded
@@ -74,8 +76,23 @@ class EmbeddedPostgres(EmbeddedServer):
             await self._make_usable_for(self._user, lock)
         if self._pgdata.exists():
             require_our_version(self._pgdata)
+            self._forget_killed_server()
         else:
             await self._initialise(lock)
+
+    def _forget_killed_server(self) -> None:
+        """Postgres refuses data whose last server's pid is alive, even when the number was given to somebody else since
+        (in a container it soon is). That server would work in `pgdata/`; and nobody holds our lock any more.
+        """
+        pid_file = self._pgdata / "postmaster.pid"
+        try:
+            pid = int(pid_file.read_text().split()[0])
+            working_in = Path(psutil.Process(pid).cwd())
+        except (OSError, ValueError, IndexError, psutil.Error):
+            return  # there is none, or it cannot be looked at: Postgres judges by itself
+        if working_in != self._pgdata.resolve():
+            self._log(f"{pid_file} is of a server that was killed: process {pid} is another one, so it is removed")
+            pid_file.unlink()
 
     async def _make_usable_for(self, user: User, lock: FolderLock) -> None:
         for folder in unsearchable_parents(self._pgdata, binaries() / "postgres"):

@@ -101,9 +101,14 @@ class GuardedProcess:
             self._kill()
             return await self._guard.wait()
 
+    def kill(self) -> None:
+        """End the server at once; its guard tells how it ended, and goes."""
+        if self.exit_code is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
     def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+        self.kill()
         with contextlib.suppress(ProcessLookupError):
             self._guard.kill()
 

@@ -47,6 +47,7 @@ class EmbeddedServer(abc.ABC):
         self.data_dir = data_dir.absolute()
         self.folder = self.data_dir / self.name
         self.log_file = self.data_dir / "logs" / f"{self.name}.log"
+        self.log_began = 0  # where this start's lines begin in it
         self.ports: list[int] = []
         self._asked_port = port
         self._log = log or logger.info
@@ -75,12 +76,27 @@ class EmbeddedServer(abc.ABC):
         assert self._process is not None, f"{self.name} has not been started"
         return self._process.pid
 
+    @property
+    def runs(self) -> bool:
+        return self._process is not None and self._process.exit_code is None
+
     async def start(self) -> None:
         """Return when the server answers. Raises EmbeddedError; then everything is as it was before."""
+        await self._start(ports=[])
+
+    async def start_again(self) -> None:
+        """After its end, on the data and the ports it had: who knows its address finds it there. Raises EmbeddedError.
+
+        What a killed server leaves (a Postgres session in its work, say) may hold the folder for a while: waited for.
+        """
+        await self.stop()
+        await self._start(ports=self.ports)
+
+    async def _start(self, *, ports: list[int]) -> None:
         assert self._process is None, f"{self.name} has been started already"
         began = time.monotonic()
         try:
-            await self._start_steps()
+            await self._start_steps(ports)
         except OSError as error:
             await self.stop()
             raise EmbeddedError(
@@ -91,22 +107,26 @@ class EmbeddedServer(abc.ABC):
             raise
         self._log(f"{self.name} answers on 127.0.0.1:{self.port} after {time.monotonic() - began:.2f} s")
 
-    async def _start_steps(self) -> None:
+    async def _start_steps(self, ports: list[int]) -> None:
         for folder in (self.folder, self.log_file.parent):
             make_folder(folder, purpose=f"where {self.name} keeps its data and log")
         require_free_space(self.folder)
-        self._lock = await lock_folder(self.folder)
-        self._choose_ports()
-        log_began = self._begin_log()
+        self._lock = await lock_folder(self.folder, ours_ended=bool(ports))
+        self._choose_ports(ports)
+        self.log_began = self._begin_log()
         try:
             await self._prepare(self._lock)
             self._process = await self._launch(self._lock)
             await self._become_ready(self._process)
         except EmbeddedError as error:
-            shown = last_lines(self.log_file, after_byte=log_began)
+            shown = last_lines(self.log_file, after_byte=self.log_began)
             raise EmbeddedError(f"{error}\nThe end of {self.log_file}:\n{shown}" if shown else str(error)) from error
 
-    def _choose_ports(self) -> None:
+    def _choose_ports(self, kept: list[int]) -> None:
+        for port in kept:
+            require_free_port(port, server=self.name)
+        if kept:
+            return
         if self._asked_port:
             require_free_port(self._asked_port, server=self.name)
         self.ports = free_ports(self.ports_needed)

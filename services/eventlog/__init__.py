@@ -50,6 +50,7 @@ __all__ = [
     "ProgressReader",
     "RecordTooLarge",
     "TopicFound",
+    "check_log_id",
 ]
 
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 
-from schemas.events import Envelope, Fact, LogCreated, decode, encode
-from schemas.ids import new_id
+from schemas.events import Envelope, Fact, LogCreated, PreviousLog, decode, encode
+from schemas.ids import derived_id, new_id
 from schemas.records import NewRecord, StoredRecord
 from services.eventlog.protocol import LogIdentity, LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
 
@@ -31,8 +31,8 @@ async def establish(
     ends = await reader.ends()
     if ends[0] == 0 and any(ends.values()):
         raise LogRefused(
-            f"{topic}/0 is empty and other partitions are not: it was lost, or an import is unfinished; begin the "
-            "import anew in an empty topic with `sluice log import`"
+            f"{topic}/0 is empty and other partitions are not: it was lost, or an import is unfinished; run "
+            "`sluice log import` again, which goes on with it, or begin anew in an empty topic"
         )
     created: dict[int, LogCreated] = {}
     try:
@@ -56,7 +56,26 @@ def new_created(log_id: str | None, *, source: str) -> NewRecord:
     envelope = Envelope(
         id=_random_id(now_ms), source=source, time=datetime.fromtimestamp(now_ms / 1000, UTC).isoformat()
     )
-    return encode(LogCreated(log_id=log_id or _random_id(now_ms)), envelope)
+    return encode(LogCreated(log_id=log_id or random_log_id()), envelope)
+
+
+def random_log_id() -> str:
+    """A log's id. A position shows its first eight digits, so these are random: in a version 7 UUID they are a time,
+    and logs made within a minute would look alike."""
+    return derived_id("log", os.urandom(16).hex(), partition=0)
+
+
+def imported_created(
+    first: StoredRecord, *, topic: str, log_id: str, previous_log_id: str, next_offset: int
+) -> StoredRecord:
+    """The first record of a partition of the log `log_id`, into which another log's partition is imported: `first` is
+    that one's first record, `next_offset` its end. Raises LogRefused where `first` is no LogCreated."""
+    before = log_created(first, topic=topic).previous or ()
+    previous = (*before, PreviousLog(log_id=previous_log_id, next_offset=next_offset))
+    now = datetime.fromtimestamp(first.timestamp_ms / 1000, UTC).isoformat()
+    envelope = Envelope(id=derived_id(log_id, first.partition, partition=0), source="sluice/import", time=now)
+    record = encode(LogCreated(log_id=log_id, previous=previous), envelope)
+    return StoredRecord(first.partition, 0, first.timestamp_ms, record.key, record.value, record.headers)
 
 
 def log_created(record: StoredRecord, *, topic: str) -> LogCreated:
@@ -76,8 +95,8 @@ def check_log_id(record: StoredRecord, *, topic: str, log_id: str) -> None:
     found = log_created(record, topic=topic).log_id
     if found != log_id:
         raise LogRefused(
-            f"{topic}/{record.partition} belongs to the log {found}, not to {log_id}: the topic was replaced; restart "
-            "Sluice to take the new log, or bring the old one back with `sluice log import`"
+            f"{topic}/{record.partition} belongs to the log {found}, not to {log_id}: the topic was replaced; make the "
+            "read models anew from the new log with `sluice replay`, or bring the old one back with `sluice log import`"
         )
 
 
@@ -95,7 +114,7 @@ def _check_imports(created: Mapping[int, LogCreated], ends: Mapping[int, int], t
         if ends[partition] < needed:
             raise LogRefused(
                 f"{topic}/{partition} is an unfinished import: it ends at offset {ends[partition]}, and the log it "
-                f"came from had {needed}; begin the import anew in an empty topic with `sluice log import`"
+                f"came from had {needed}; run `sluice log import` again, which goes on with it"
             )
 
 

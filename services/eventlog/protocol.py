@@ -6,10 +6,12 @@ says how long, or `LogSettings` does. How Kafka does it stands beside this file,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from schemas.errors import PartError
 from schemas.events import LOG_TOPIC, PROGRESS_TOPIC, PreviousLog
+from schemas.position import Position
 from schemas.records import NewRecord, StoredRecord
 
 MESSAGE_BYTES_MAX = 8 * 1024 * 1024
@@ -17,7 +19,7 @@ _BATCH_FRAMING_BYTES = 1024
 GROUP_BYTES_MAX = MESSAGE_BYTES_MAX - _BATCH_FRAMING_BYTES
 
 
-class LogError(Exception):
+class LogError(PartError):
     """Something about the log; the message says what was found and what to do."""
 
 
@@ -73,7 +75,22 @@ class LogIdentity:
     """`previous`: partition → the logs it was imported from, whose positions below `next_offset` are still valid."""
 
     log_id: str
-    previous: Mapping[int, tuple[PreviousLog, ...]]
+    previous: Mapping[int, tuple[PreviousLog, ...]] = field(default_factory=dict)
+
+    def here(self, position: Position) -> Position:
+        """The position as one of this log, if it is of a log that this one was imported from and lies below where that
+        one ended; any other as it is, so that who reads it sees that it is not of this log."""
+        if position.log == Position.of(self.log_id, {}).log or not position.offsets:
+            return position
+        if all(self._was_imported(position.log, partition, offset) for partition, offset in position.offsets):
+            return Position.of(self.log_id, dict(position.offsets))
+        return position
+
+    def _was_imported(self, log: str, partition: int, offset: int) -> bool:
+        return any(
+            Position.of(each.log_id, {}).log == log and offset < each.next_offset
+            for each in self.previous.get(partition, ())
+        )
 
 
 class LogReader(Protocol):

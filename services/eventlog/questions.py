@@ -73,7 +73,9 @@ class Questions:
             if consumer is not None and consumer is self._consumer.current:
                 await self._consumer.drop()
             raise LogUnavailable(
-                f"no answer about {self._topic} from Kafka at {self._settings.bootstrap_servers}: is it up? ({error!r})"
+                f"no answer about {self._topic} from Kafka at {self._settings.bootstrap_servers}: is it up? "
+                f"({error!r})",
+                told="Kafka does not answer",
             ) from error
 
     async def _connect(self) -> AIOKafkaConsumer:

@@ -179,7 +179,8 @@ class KafkaReader:
 
     def _unavailable(self) -> LogUnavailable:
         return LogUnavailable(
-            f"no answer about {self._settings.topic} from Kafka at {self._settings.bootstrap_servers}: is it up?"
+            f"no answer about {self._settings.topic} from Kafka at {self._settings.bootstrap_servers}: is it up?",
+            told="Kafka does not answer",
         )
 
 
@@ -269,7 +270,9 @@ class Pull:
                 await subscriber.start()
         except (KafkaError, OSError, TimeoutError) as error:
             await _stop(subscriber)
-            raise LogUnavailable(f"no Kafka at {self._settings.bootstrap_servers}: is it up? ({error!r})") from error
+            raise LogUnavailable(
+                f"no Kafka at {self._settings.bootstrap_servers}: is it up? ({error!r})", told="Kafka cannot be reached"
+            ) from error
         except asyncio.CancelledError:
             await _stop(subscriber)
             raise
@@ -321,8 +324,9 @@ def _refusal(error: KafkaError) -> LogRefused:
     if isinstance(error, CorruptRecordException):
         return LogRefused(f"a record batch does not fit its checksum: {error}: restore it with `sluice log import`")
     if isinstance(error, TopicAuthorizationFailedError):
-        return LogRefused(f"Kafka does not allow this client to read ({error}): give it the right to")
-    return LogRefused(f"Kafka's answer cannot be read: {error!r}")
+        refusal = "Kafka does not allow this client to read"
+        return LogRefused(f"{refusal} ({error}): give it the right to", told=f"{refusal}: give it the right to")
+    return LogRefused(f"Kafka's answer cannot be read: {error!r}", told="Kafka's answer cannot be read")
 
 
 def _gap(place: Place, *, expected: int, found: int) -> LogRefused:

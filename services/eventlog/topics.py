@@ -1,13 +1,13 @@
 """The topics: made with the settings the contract names, and refused where they could lose facts.
 
-Settings are never altered here: Kafka's AlterConfigs, the only call the client has for it, resets every setting it
-does not name. Who meets a wrong one gets the value found and the command to run. Partitions are added when more are
-asked for, and never taken away, since ids name their partition.
+Settings are altered by an import alone: Kafka's AlterConfigs, the only call the client has for it, resets every setting
+it does not name, so all that were set are read first and named again. Who meets a wrong one gets the value found and
+the command to run. Partitions are added when more are asked for, and never taken away, since ids name their partition.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,8 +34,17 @@ FACT_SETTINGS = {
     "max.message.bytes": str(MESSAGE_BYTES_MAX),
 }
 FSYNC_SETTINGS = {"flush.messages": "1"}
+IMPORT_SETTINGS = FACT_SETTINGS | {
+    "message.timestamp.type": "CreateTime",
+    "message.timestamp.before.max.ms": str(2**63 - 1),
+    "message.timestamp.after.max.ms": str(2**63 - 1),
+}
+"""Those of a topic that takes records with the times they had elsewhere, whatever the clock here says."""
 PROGRESS_SETTINGS = {"cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"}
 _REPLICAS_WITH_QUORUM = 3
+
+_SOURCE_TOPIC = 1
+"""How DescribeConfigs calls a setting that was given to the topic itself (KIP-226)."""
 
 _PRODUCE_API_KEY = 0
 # The newest Produce request a release knows: the only thing about its age that this client can ask every broker.
@@ -74,21 +83,13 @@ async def ensure_topics(settings: LogSettings, *, partitions: int, replication_f
     """See `Log.ensure_topics`."""
     if not 1 <= partitions <= PARTITIONS_MAX:
         raise LogRefused(f"{partitions} partitions cannot be had: between 1 and {PARTITIONS_MAX}, since ids name them")
-    admin = _admin(settings)
     facts = FACT_SETTINGS | (FSYNC_SETTINGS if fsync else {})
-    try:
-        async with asyncio.timeout(6 * settings.request_timeout_ms / 1000):
-            await admin.start()
-            topics = _Topics(admin, settings)
-            await topics.create(settings.topic, partitions, replication_factor, facts)
-            await topics.create(settings.progress_topic, partitions, replication_factor, PROGRESS_SETTINGS)
-            await topics.check(settings.topic, facts)
-            await topics.widen(settings.topic, partitions, exactly=True)
-            await topics.widen(settings.progress_topic, partitions, exactly=False)
-    except (KafkaError, OSError, TimeoutError) as error:
-        raise _away(settings, error) from error
-    finally:
-        await admin.close()
+    async with _asking(settings) as topics:
+        await topics.create(settings.topic, partitions, replication_factor, facts)
+        await topics.create(settings.progress_topic, partitions, replication_factor, PROGRESS_SETTINGS)
+        await topics.check(settings.topic, facts)
+        await topics.widen(settings.topic, partitions, exactly=True)
+        await topics.widen(settings.progress_topic, partitions, exactly=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,40 @@ async def inspect(settings: LogSettings, *, fsync: bool) -> TopicFound | None:
         await admin.close()
 
 
+async def begin_import(settings: LogSettings, *, partitions: int, replication_factor: int) -> None:
+    """Have the log's topic, made now or empty or half imported, take records with their own times.
+
+    Raises LogRefused, LogUnavailable.
+    """
+    async with _asking(settings) as topics:
+        await topics.create(settings.topic, partitions, replication_factor, IMPORT_SETTINGS)
+        await topics.widen(settings.topic, partitions, exactly=False)
+        await topics.alter(settings.topic, IMPORT_SETTINGS)
+
+
+async def end_import(settings: LogSettings, *, fsync: bool) -> None:
+    """Give the log's topic the settings that a log has from now on. Raises LogRefused, LogUnavailable."""
+    facts = FACT_SETTINGS | (FSYNC_SETTINGS if fsync else {})
+    async with _asking(settings) as topics:
+        await topics.alter(settings.topic, facts, without=IMPORT_SETTINGS.keys() - FACT_SETTINGS.keys())
+        await topics.check(settings.topic, facts)
+
+
+@contextlib.asynccontextmanager
+async def _asking(settings: LogSettings) -> AsyncIterator["_Topics"]:
+    admin = _admin(settings)
+    try:
+        async with asyncio.timeout(6 * settings.request_timeout_ms / 1000):
+            await admin.start()
+            yield _Topics(admin, settings)
+    except (KafkaError, OSError, TimeoutError) as error:
+        raise _away(settings, error) from error
+    finally:
+        await admin.close()
+
+
 class _Topics:
-    """The questions and wishes about topics, for one run of `ensure_topics`."""
+    """The questions and wishes about topics, for one run of a function above."""
 
     def __init__(self, admin: AIOKafkaAdminClient, settings: LogSettings) -> None:
         self._admin = admin
@@ -151,6 +184,28 @@ class _Topics:
         found = {entry["config_names"]: entry["config_value"] for entry in described["config_entries"]}
         if complaint := complain(topic, found, wanted, self._settings.bootstrap_servers):
             raise LogRefused(complaint)
+
+    async def alter(self, topic: str, wanted: Mapping[str, str], *, without: Collection[str] = ()) -> None:
+        """Give the topic these settings; those it was given before stay, but for the ones named by `without`."""
+        kept = {name: value for name, value in (await self._given(topic)).items() if name not in without}
+        resource = ConfigResource(ConfigResourceType.TOPIC, topic, kept | dict(wanted))
+        (answer,) = await self._admin.alter_configs([resource])
+        for code, message, *_ in answer.resources:
+            if code:
+                raise LogRefused(f"Kafka does not alter {topic}: {message or for_code(code).__name__}")
+
+    async def _given(self, topic: str) -> dict[str, str]:
+        """The settings that were given to the topic itself, without the broker's and the defaults."""
+        resource = ConfigResource(ConfigResourceType.TOPIC, topic, None)
+        (answer,) = await self._admin.describe_configs([resource])
+        (described,) = answer.to_object()["resources"]
+        if described["error_code"]:
+            raise for_code(described["error_code"])(described["error_message"])
+        return {
+            entry["config_names"]: entry["config_value"]
+            for entry in described["config_entries"]
+            if entry["config_source"] == _SOURCE_TOPIC
+        }
 
     async def widen(self, topic: str, partitions: int, *, exactly: bool) -> None:
         """Add what is missing to `partitions`; `exactly`: raises LogRefused where there are more."""
@@ -188,6 +243,8 @@ def complain(topic: str, found: Mapping[str, str], wanted: Mapping[str, str], bo
     if not wrong:
         return None
     are = ", ".join(f"{name}={found.get(name)} (must be {value})" for name, value in wrong.items())
+    if wrong.keys() == {"message.timestamp.type"}:
+        are += " as an import sets it that was broken off: run `sluice log import` again, or, if there was none"
     return (
         f"{topic} could lose or refuse facts, its settings are {are}: kafka-configs.sh --bootstrap-server "
         f"{bootstrap_servers} --alter --entity-type topics --entity-name {topic} "
@@ -210,4 +267,6 @@ def _admin(settings: LogSettings) -> AIOKafkaAdminClient:
 
 
 def _away(settings: LogSettings, error: Exception) -> LogUnavailable:
-    return LogUnavailable(f"no Kafka at {settings.bootstrap_servers}: is it up? ({error!r})")
+    return LogUnavailable(
+        f"no Kafka at {settings.bootstrap_servers}: is it up? ({error!r})", told="Kafka cannot be reached"
+    )

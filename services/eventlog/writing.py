@@ -49,7 +49,7 @@ class KafkaWriter:
     def __init__(self, settings: LogSettings, *, on_close: Callable[["KafkaWriter"], None]) -> None:
         self._settings = settings
         self._on_close = on_close
-        self._producers = Producers(lambda: _fact_producer(settings), settings)
+        self._producers = Producers(lambda: fact_producer(settings), settings)
         self._lanes: dict[int, _Lane] = {}
         self._closed = False
 
@@ -99,7 +99,8 @@ class _Lane:
                 ) from None
             raise LogUnavailable(
                 f"{self._place} took nothing in {timeout_s:g} s, and nothing was sent: is Kafka at "
-                f"{self._settings.bootstrap_servers} up?"
+                f"{self._settings.bootstrap_servers} up?",
+                told="Kafka takes nothing just now; nothing was done",
             ) from None
         finally:
             group.answer.cancel()  # withdrawn, where it still waits
@@ -156,7 +157,7 @@ class _Lane:
             if not isinstance(error, LogRefused):
                 self._producers.retire(producer, why=repr(error))
             for group in joined:
-                group.fail(_failure(error, self._place, sent=group.sent))
+                group.fail(failure(error, self._place, sent=group.sent))
             return
         for group in groups:
             if not group.answer.done():
@@ -190,7 +191,8 @@ def _batch(producer: AIOKafkaProducer, records: list[NewRecord]) -> BatchBuilder
     return batch
 
 
-def _fact_producer(settings: LogSettings) -> AIOKafkaProducer:
+def fact_producer(settings: LogSettings) -> AIOKafkaProducer:
+    """A producer of facts, not started: idempotent, and large enough for whatever the topic takes."""
     return AIOKafkaProducer(
         bootstrap_servers=settings.bootstrap_servers,
         client_id=f"{settings.client_id}-facts",
@@ -203,7 +205,7 @@ def _fact_producer(settings: LogSettings) -> AIOKafkaProducer:
     )
 
 
-def _failure(error: Exception, place: str, *, sent: bool) -> LogError:
+def failure(error: Exception, place: str, *, sent: bool) -> LogError:
     """What a failed batch means to those who asked for it. In doubt, it may have landed."""
     if isinstance(error, LogError):
         return error
@@ -215,7 +217,9 @@ def _failure(error: Exception, place: str, *, sent: bool) -> LogError:
     if isinstance(error, TopicAuthorizationFailedError):
         return LogRefused(f"Kafka does not allow this client to write to {place}: give it the right to")
     if not sent:
-        return LogUnavailable(f"nothing was sent to {place}: {error!r}")
+        return LogUnavailable(
+            f"nothing was sent to {place}: {error!r}", told="Kafka cannot be reached; nothing was done"
+        )
     return LogOutcomeUnknown(f"appending to {place} ended with {error!r}: the records may have landed")
 
 

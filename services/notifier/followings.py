@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from schemas.batch import Batch
 from schemas.errors import Code, RequestError
@@ -22,7 +22,10 @@ from services.tail import Tail
 
 LINGER_S = 30.0
 NEWEST_MAX = 100
-UNFINISHED_MAX = 1_000
+UNFINISHED_SHOWN_MAX = 1_000
+"""How many unfinished batches a list shows, and how many are in memory from the beginning; others are when named."""
+UNFINISHED_MAX = 100_000
+"""How many are followed: their ids are kept."""
 LOADS_AT_ONCE = 8
 REACHED_TIMEOUT_S = 5.0
 RESTARTING = 1012
@@ -85,15 +88,10 @@ class Followings:
             self.left(user_id)
 
     async def batches(self, user_id: str) -> tuple[list[Batch], bool]:
-        """The unfinished batches of a user who is found, and the newest ones, newest first, as they are at the tail's
-        position; whether there are more. The states are live. Raises DatabaseUnavailable."""
-        unfinished = await self._unfinished(user_id)
-        rows = await self._database.read(
-            f"SELECT {BATCH_COLUMNS} FROM {{generation}}.upload_batches WHERE user_id = $1 "  # noqa: S608  # ours
-            "ORDER BY created_ms DESC, created_offset DESC, id DESC LIMIT $2",
-            user_id,
-            NEWEST_MAX + len(unfinished) + 1,
-        )
+        """The newest batches of a user who is found, and the newest of the unfinished ones, newest first, as they are
+        at the tail's position; whether there are more. The states are live. Raises DatabaseUnavailable."""
+        rows = await self._rows(user_id, "true", NEWEST_MAX + 1)
+        rows += await self._rows(user_id, "status IN ('pending', 'processing')", UNFINISHED_SHOWN_MAX + 1)
         await self._reach_read_models()
         if not self._hub.watches_user(user_id):
             raise DatabaseUnavailable("following all batches was broken off just now; subscribe again")
@@ -104,8 +102,9 @@ class Followings:
             key=lambda batch: (batch.created_ms, batch.created_offset, batch.id),
             reverse=True,
         )
-        shown = [batch for place, batch in enumerate(newest) if place < NEWEST_MAX or not batch.ended]
-        return shown, len(newest) > len(shown)
+        unfinished = [batch for batch in newest if not batch.ended][:UNFINISHED_SHOWN_MAX]
+        wanted = {batch.id for batch in (*newest[:NEWEST_MAX], *unfinished)}
+        return [batch for batch in newest if batch.id in wanted], len(newest) > len(wanted)
 
     def left(self, user_id: str) -> None:
         """A client left: if it was the user's last one, follow no more in a while."""
@@ -132,7 +131,9 @@ class Followings:
         try:
             touched = self._tail.follow(user_id, functools.partial(self._lose, user_id, following))
             with self._tail.keeping(user_id):
-                await self._load({*touched, *await self._unfinished(user_id)})
+                unfinished = await self._unfinished(user_id)
+                awake = self._tail.let_sleep(user_id, unfinished[UNFINISHED_SHOWN_MAX:])
+                await self._load({*touched, *unfinished[:UNFINISHED_SHOWN_MAX], *awake})
             following.check()
             self._hub.watch_user(user_id, floor=dict(self._tail.position().offsets))
             following.ready.set_result(None)
@@ -145,17 +146,27 @@ class Followings:
                 del self._followings[user_id]
                 self._tail.unfollow(user_id)
 
+    async def _rows(self, user_id: str, condition: str, limit: int) -> list[Any]:
+        """The newest of the user's batches of which this is true."""
+        return await self._database.read(
+            f"SELECT {BATCH_COLUMNS} FROM {{generation}}.upload_batches WHERE user_id = $1 AND {condition} "  # noqa: S608  # ours
+            "ORDER BY created_ms DESC, created_offset DESC, id DESC LIMIT $2",
+            user_id,
+            limit,
+        )
+
     async def _unfinished(self, user_id: str) -> list[str]:
+        """The ids of the user's unfinished batches, newest first."""
         rows = await self._database.read(
-            "SELECT id FROM {generation}.upload_batches "
-            "WHERE user_id = $1 AND status IN ('pending', 'processing') LIMIT $2",
+            "SELECT id FROM {generation}.upload_batches WHERE user_id = $1 AND status IN ('pending', 'processing') "
+            "ORDER BY created_ms DESC, created_offset DESC, id DESC LIMIT $2",
             user_id,
             UNFINISHED_MAX + 1,
         )
         if len(rows) > UNFINISHED_MAX:
             raise RequestError(
                 Code.INVALID_REQUEST,
-                f"More than {UNFINISHED_MAX} batches are unfinished: follow those that matter one by one",
+                f"More than {UNFINISHED_MAX:,} batches are unfinished: follow those that matter one by one",
             )
         return [row["id"] for row in rows]
 

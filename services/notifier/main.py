@@ -16,21 +16,23 @@ from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
 
 from services.auth import Authenticator
+from services.faults import arm
 from services.history import History, Past
-from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.lifecycle import cancelled, closing, first_of, run_service, stop_signals, stopwatch
 from services.notifier.followings import Followings
 from services.notifier.hub import Hub, HubLimits
 from services.notifier.origins import Origins
 from services.notifier.replays import Replays
-from services.notifier.sessions import CLIENT_MESSAGE_BYTES_MAX, Connection, HttpConnection, Parts, Sessions
+from services.notifier.sessions import CLIENT_MESSAGE_BYTES_MAX, Connection, Parts, Sessions, StreamConnection
 from services.notifier.streams import Streaming
 from services.notifier.subscriptions import Subscriptions
 from services.notifier.watches import Watches
 from services.observability import configure_logging, logger
-from services.opening import Stores, open_authenticator, open_stores
-from services.serving import health_routes, serving
+from services.opening import open_authenticator, open_stores
+from services.serving import LOST, health_routes, serving
 from services.settings import Settings, load
 from services.tail import Tail
+from services.tailing import open_tail, serve_until, soon_caught_up
 
 _log = logger("notifier")
 
@@ -46,6 +48,7 @@ def run() -> None:
 async def main() -> None:
     settings = load(needs=("jwt_secret|jwks_url",))
     configure_logging(service="notifier", log_format=settings.log_format, log_level=settings.log_level)
+    arm(settings.fault)
     stop, ready = asyncio.Event(), asyncio.Event()
     with stop_signals(stop):
         serving_until = asyncio.create_task(_serve(settings, stop, ready), name="notifier")
@@ -76,14 +79,7 @@ class Notifier:
 
     async def until(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set; raises StartError where a part ended without which there is nothing to tell."""
-        told = asyncio.create_task(stop.wait(), name="stop")
-        failed = asyncio.create_task(self.tail.failure(), name="tail_failure")
-        try:
-            await first_of(told, failed, self.relay)
-        except Exception as error:
-            raise StartError(f"the notifier cannot go on: {error}") from error
-        finally:
-            await cancelled(told, failed)
+        await serve_until(stop, tail=self.tail, needed=self.relay, service="notifier")
 
 
 @contextlib.asynccontextmanager
@@ -94,8 +90,8 @@ async def notifying(settings: Settings) -> AsyncIterator[Notifier]:
         authenticator = await stack.enter_async_context(open_authenticator(settings))
         async with stopwatch("tail caught up"):
             past = Past(log=stores.log, log_id=stores.log_id, database=stores.database)
-            tail = await stack.enter_async_context(_tail(settings, stores, past))
-            await tail.caught_up()
+            tail = await stack.enter_async_context(open_tail(settings, stores, past=past.before))
+            await soon_caught_up(tail)
         hub = Hub(_limits(settings))
         watches = await stack.enter_async_context(Watches.open(tail=tail, hub=hub))
         followings = await stack.enter_async_context(Followings.open(tail=tail, hub=hub, database=stores.database))
@@ -106,7 +102,7 @@ async def notifying(settings: Settings) -> AsyncIterator[Notifier]:
         stack.push_async_callback(cancelled, relay)
         parts = Parts(
             hub=hub,
-            subscriptions=Subscriptions(tail, hub, watches, followings, replays),
+            subscriptions=Subscriptions(tail, stores.identity, hub, watches, followings, replays),
             authenticate=functools.partial(authenticator.authenticate, scope="read"),
             heartbeat_s=settings.heartbeat_s,
         )
@@ -115,18 +111,6 @@ async def notifying(settings: Settings) -> AsyncIterator[Notifier]:
         await stack.enter_async_context(closing("clients sent away", sessions.close, timeout_s=settings.stop_timeout_s))
         _log.info("notifier_ready", position=str(tail.position()))
         yield Notifier(port=port, tail=tail, watches=watches, followings=followings, relay=relay)
-
-
-def _tail(settings: Settings, stores: Stores, past: Past) -> contextlib.AbstractAsyncContextManager[Tail]:
-    return Tail.open(
-        log=stores.log,
-        database=stores.database,
-        log_id=stores.log_id,
-        partitions=settings.partitions,
-        facts_max=settings.tail_facts_max,
-        batches_max=settings.tail_batches_max,
-        past=past.before,
-    )
 
 
 def _limits(settings: Settings) -> HubLimits:
@@ -165,11 +149,11 @@ def _served(
         Route("/v1/stream/batches/{batch_id}", _streamed(sessions)),
     ]
     return serving(
-        Origins(Starlette(routes=routes), origins=settings.origins),
+        Origins(Starlette(routes=routes, exception_handlers=LOST), origins=settings.origins),
         host=settings.host,
         port=settings.notifier_port,
         stop_timeout_s=settings.stop_timeout_s,
-        http=HttpConnection,
+        http=StreamConnection,
         ws=Connection,
         ws_max_size=CLIENT_MESSAGE_BYTES_MAX,
         ws_ping_interval=settings.heartbeat_s,

@@ -14,17 +14,18 @@ from enum import IntEnum
 from typing import Any, assert_never
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from schemas.errors import Code, RequestError
 from services.auth import Principal
 from services.database import DatabaseUnavailable
+from services.faults import reach
 from services.lifecycle import cancelled
 from services.notifier import messages
 from services.notifier.hub import TOO_SLOW, Client, Close, Frame, Hub, TooManyConnectionsError
 from services.notifier.subscriptions import Subscriptions
 from services.observability import CLIENTS, CLIENTS_CLOSED, FRAMES_SENT, logger
+from services.serving import HttpConnection
 
 _log = logger("notifier")
 
@@ -48,8 +49,8 @@ class CloseCode(IntEnum):
     TOO_MANY = 4009
 
 
-class HttpConnection(HttpToolsProtocol):
-    """uvicorn's HTTP connection, which also tells a stream how to cut it off where its client takes nothing."""
+class StreamConnection(HttpConnection):
+    """An HTTP connection that also tells a stream how to cut it off where its client takes nothing."""
 
     def on_headers_complete(self) -> None:
         self.scope["state"]["cut"] = self.transport.abort
@@ -207,6 +208,7 @@ class Session(Connected):
             self.woken.clear()
             while frames := client.take(bytes_max=FRAME_BYTES_MAX):
                 text = messages.joined([frame.text for frame in frames])
+                reach("notifier.before_send")
                 try:
                     await self._websocket.send_text(text)
                 except RuntimeError as error:  # the protocol closed the connection by itself: a frame too large
@@ -284,7 +286,7 @@ class Session(Connected):
         except RequestError as error:
             client.put(Frame.of(messages.error(error, batch_id=batch_id)))
         except DatabaseUnavailable as error:
-            refusal = RequestError(Code.DATABASE_UNAVAILABLE, f"The batch cannot be looked up now: {error}")
+            refusal = RequestError(Code.DATABASE_UNAVAILABLE, f"The batch cannot be looked up now: {error.told}")
             client.put(Frame.of(messages.error(refusal, batch_id=batch_id)))
 
     async def _renew(self, client: Client, message: messages.Auth) -> None:

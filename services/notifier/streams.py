@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from schemas.errors import MEANINGS, Code, RequestError, problem
+from schemas.errors import Code, RequestError
 from services.auth import bearer
 from services.database import DatabaseUnavailable
 from services.lifecycle import cancelled
@@ -31,6 +31,7 @@ from services.notifier.sessions import (
     Sessions,
 )
 from services.observability import CLIENTS_CLOSED, FRAMES_SENT
+from services.serving import problem_answer
 
 RETRY_MS = 1_000
 SILENT_HEARTBEATS_MAX = 2
@@ -80,7 +81,7 @@ class Stream(Connected):
         except TooManyConnectionsError as error:
             raise RequestError(Code.RATE_LIMITED, str(error)) from None
         except DatabaseUnavailable as error:
-            raise RequestError(Code.DATABASE_UNAVAILABLE, f"It cannot be looked up now: {error}") from error
+            raise RequestError(Code.DATABASE_UNAVAILABLE, f"It cannot be looked up now: {error.told}") from error
         return self.client
 
     async def _stream(self, client: Client, receive: Receive, send: Send) -> None:
@@ -160,16 +161,6 @@ def events(frames: Sequence[Frame]) -> str:
     return "".join(
         f"id: {frame.position}\ndata: {frame.text}\n\n" if frame.position else f"data: {frame.text}\n\n"
         for frame in frames
-    )
-
-
-def problem_answer(error: RequestError) -> Response:
-    meaning = MEANINGS[error.code]
-    headers = {} if meaning.retry_after_s is None else {"Retry-After": str(meaning.retry_after_s)}
-    if error.code is Code.UNAUTHORIZED:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(
-        problem(error), status_code=meaning.status, headers=headers, media_type="application/problem+json"
     )
 
 

@@ -14,6 +14,8 @@ from schemas.errors import Code, RequestError
 from schemas.ids import is_id
 from schemas.position import InvalidPositionError, Position
 from services.database import DatabaseUnavailable
+from services.eventlog import LogIdentity
+from services.faults import reach
 from services.notifier import messages
 from services.notifier.followings import Followings
 from services.notifier.hub import Client, Frame, Hub
@@ -32,6 +34,7 @@ class Subscriptions:
     """Begins and ends what clients follow. The methods raise RequestError for what cannot be done."""
 
     tail: Tail
+    identity: LogIdentity
     hub: Hub
     watches: Watches
     followings: Followings
@@ -76,6 +79,7 @@ class Subscriptions:
             if since is None or missed is None:
                 snapshot = messages.snapshot(batch, log_id=self.tail.log_id, position=here)
                 client.put(Frame.of(snapshot, position=str(here)))
+                reach("notifier.after_snapshot")
             else:
                 begin = since if missed else here
                 client.put(Frame.of(messages.resumed(batch_id=batch_id, position=begin), position=str(begin)))
@@ -120,17 +124,18 @@ class Subscriptions:
             self.hub.subscribe_user(client)
 
     def _snapshot_of_user(self, batches: Sequence[Batch], *, truncated: bool) -> Frame:
-        """These batches as they are here, without the ended ones where all would be too much for one message."""
+        """These batches as they are here: all, the unfinished ones, or as many of these, newest first, as are not too
+        much for one message."""
         here = self.tail.position()
-        for shown in (batches, [batch for batch in batches if not batch.ended]):
+        shown = batches
+        while True:
             is_part = truncated or len(shown) < len(batches)
             text = messages.user_snapshot(shown, truncated=is_part, log_id=self.tail.log_id, position=here)
             frame = Frame.of(text, position=str(here))
-            if frame.size_bytes <= self.hub.replay_bytes_max:
+            if frame.size_bytes <= self.hub.replay_bytes_max or not shown:
                 return frame
-        raise RequestError(
-            Code.INVALID_REQUEST, f"{len(batches)} batches are too much to be told at once: follow them one by one"
-        )
+            unfinished = [batch for batch in shown if not batch.ended]
+            shown = unfinished if len(unfinished) < len(shown) else shown[: len(shown) // 2]
 
     async def _missed_of_user(self, client: Client, user_id: str, since: Position) -> list[Frame] | None:
         """As `_missed`, of all batches the client does not follow already."""
@@ -159,7 +164,7 @@ class Subscriptions:
         if text is None:
             return None
         try:
-            since = Position.parse(text)
+            since = self.identity.here(Position.parse(text))
         except InvalidPositionError as error:
             raise RequestError(Code.INVALID_POSITION, f"since: {error}") from None
         here = self.tail.position()
@@ -174,6 +179,7 @@ class Subscriptions:
     def _tell_missed(self, client: Client, missed: Sequence[Frame], since: Position) -> None:
         for frame in missed:
             client.put(_not_before(frame, since))
+        reach("notifier.after_replay")
 
 
 def _not_before(frame: Frame, since: Position) -> Frame:

@@ -31,12 +31,14 @@ from schemas.events import (
 )
 from schemas.ids import new_id
 from schemas.views import rfc3339
-from services.blobs import BlobMissing, BlobStore, StorageUnavailable
+from services.blobs import BlobMissing, BlobStore, LocalFile, StorageUnavailable
 from services.database import DatabaseUnavailable
 from services.eventlog import Log, LogOutcomeUnknown, LogUnavailable, LogWriter
+from services.faults import reach
+from services.lifecycle import cancelled
 from services.observability import UPLOADS_WORKED, WORK_SECONDS, logger
 from services.processor import decisions
-from services.processor.projection import LaneLostError, Projected, Projection
+from services.processor.projection import GenerationChangedError, LaneLostError, Projected, Projection
 from services.processor.work.port import Job, WorkCancelled, WorkError, WorkerUnavailable
 from services.processor.work.process import WorkerProcess
 
@@ -45,7 +47,7 @@ _log = logger("lane")
 SOURCE = "sluice/processor"
 APPEND_TIMEOUT_S = 10.0
 RETRY_INTERVAL_S = 0.5
-FINISH_GRACE_S = 3.0
+FINISH_GRACE_S = 1.0  # a clean stop hands the lane over within two seconds
 READ_BACK_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 0.1
 
@@ -58,11 +60,21 @@ def envelope() -> Envelope:
 
 @dataclass(slots=True)
 class _Work:
-    """The file in work. `stopped` says why it was stopped from outside: its batch, or `shutdown`."""
+    """The file in work. `stopped` says why it was stopped from outside: its batch, or `shutdown`; `bringing`: its bytes
+    on their way here."""
 
     started: UploadStarted
     upload: Upload
     stopped: str | None = None
+    bringing: "asyncio.Task[LocalFile] | None" = None
+
+
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What the hand is at, since when (monotonic): the file of `started`, or an append where that is None."""
+
+    since_s: float
+    started: UploadStarted | None = None
 
 
 class LaneWorker:
@@ -97,6 +109,8 @@ class LaneWorker:
         self._unread: dict[str, BatchEvent] = {}
         self._unread_starts: set[str] = set()
         self._work: _Work | None = None
+        self.doing: Doing | None = None
+        self.steps = 0
         self._stopping = False
         self._changed = asyncio.Event()
         self._newest_start = 0
@@ -106,6 +120,11 @@ class LaneWorker:
     def queued(self) -> int:
         """How many uploads wait."""
         return len(self._queue)
+
+    @property
+    def has_to_do(self) -> bool:
+        """Whether the hand is at something, or should be."""
+        return self.doing is not None or (bool(self.queued) and self._may_start())
 
     def wake(self) -> None:
         """Something that `run` waits for may have changed."""
@@ -185,6 +204,8 @@ class LaneWorker:
         work = self._work
         if work is not None and work.started.batch_id == batch_id and work.stopped is None:
             work.stopped = why
+            if work.bringing is not None:
+                work.bringing.cancel()
             self._cancelling = asyncio.create_task(self._worker.cancel(), name="lane.cancel")
 
     _cancelling: "asyncio.Task[None]"
@@ -201,7 +222,7 @@ class LaneWorker:
             chosen = await self._choose()
             started = [] if chosen is None else [decisions.start(chosen, epoch=self.epoch)]
             if facts := [*outcomes, *completions, *started]:
-                await self._append(facts)
+                await self._say(facts, ended=bool(outcomes), started=bool(started))
             outcomes = []
             if chosen is not None:
                 outcomes = await self._attempt(_Work(started[0], chosen))
@@ -257,7 +278,7 @@ class LaneWorker:
             try:
                 upload = await self._projection.upload(upload_id)
                 batch = await self._projection.batch(upload.batch_id) if upload else None
-            except DatabaseUnavailable:
+            except (DatabaseUnavailable, GenerationChangedError):
                 return None
             if upload_id not in self._queue:
                 continue
@@ -270,6 +291,20 @@ class LaneWorker:
             self._queue.started(batch.user_id, self._newest_start)
             return upload
         return None
+
+    async def _say(self, facts: Sequence[BatchEvent], *, ended: bool, started: bool) -> None:
+        if ended:
+            reach("processor.before_outcome")
+        if started:
+            reach("processor.before_start")
+        self.doing = Doing(time.monotonic())
+        await self._append(facts)
+        self.doing = None
+        self.steps += 1
+        if ended:
+            reach("processor.after_outcome")
+        if started:
+            reach("processor.after_start")
 
     async def _append(self, events: Sequence[BatchEvent]) -> None:
         envelopes = [envelope() for _ in events]
@@ -292,11 +327,12 @@ class LaneWorker:
         started, upload = work.started, work.upload
         self._work = work
         began = time.monotonic()
+        self.doing = Doing(began, started)
         with structlog.contextvars.bound_contextvars(upload_id=upload.id, attempt=started.attempt):
             try:
                 outcomes = await self._outcome(work, began)
             finally:
-                self._work = None
+                self._work = self.doing = None
                 self._changed.set()
             outcome = outcomes[0].type.split(".")[1] if outcomes else "stopped"
             WORK_SECONDS.labels(outcome).observe(time.monotonic() - began)
@@ -336,6 +372,7 @@ class LaneWorker:
 
     async def _result(self, work: _Work) -> dict[str, object]:
         started, upload = work.started, work.upload
+        copied = self._scratch / f"{upload.id}-{started.attempt}"
         thumbnail = self._scratch / f"{upload.id}-{started.attempt}.jpg"
         try:
             job = Job(
@@ -345,35 +382,48 @@ class LaneWorker:
                 content_type=upload.content_type,
                 size_bytes=upload.size_bytes,
                 sha256=upload.sha256,
-                path=await self._blob_path(upload),
+                path=await self._bring(work, to=copied),
                 thumbnail_path=thumbnail,
             )
             if work.stopped is not None:
                 raise WorkCancelled
             result = await self._worker.run(job, on_progress=self._progress(started), timeout_s=self._work_timeout_s)
+            reach("processor.after_work")
             if thumbnail.exists():
                 await self._blobs.put_file(thumbnail, upload.id, epoch=self.epoch, attempt=started.attempt)
             return result
         finally:
             thumbnail.unlink(missing_ok=True)
+            copied.unlink(missing_ok=True)
 
-    async def _blob_path(self, upload: Upload) -> Path:
+    async def _bring(self, work: _Work, *, to: Path) -> Path:
+        """The upload's bytes as a file here, which may be a copy at `to`; given up once the work is stopped."""
+        upload = work.upload
+        work.bringing = asyncio.create_task(self._blobs.bring(upload.blob, to=to), name="lane.bring")
         try:
-            async with self._blobs.reading(upload.blob) as blob:
-                if blob.size_bytes != upload.size_bytes:
-                    raise WorkError(
-                        WorkCode.BLOB_MISSING,
-                        f"The stored file has {blob.size_bytes} bytes, {upload.size_bytes} were accepted.",
-                    )
-            return self._blobs.path(upload.blob)
+            await asyncio.wait({work.bringing})
+        finally:
+            if not work.bringing.done():
+                await cancelled(work.bringing)
+        if work.bringing.cancelled():
+            raise WorkCancelled
+        try:
+            file = work.bringing.result()
         except BlobMissing:
             raise WorkError(WorkCode.BLOB_MISSING, "The stored file is gone.") from None
+        if file.size_bytes != upload.size_bytes:
+            raise WorkError(
+                WorkCode.BLOB_MISSING,
+                f"The stored file has {file.size_bytes} bytes, {upload.size_bytes} were accepted.",
+            )
+        return file.path
 
     def _progress(self, started: UploadStarted) -> Callable[[str, int], None]:
         said: tuple[str, int, float] = ("", -1, 0.0)
 
         def report(stage: str, percent: int) -> None:
             nonlocal said
+            reach("processor.in_work")
             now = time.monotonic()
             if stage == said[0] and (percent == said[1] or now - said[2] < PROGRESS_INTERVAL_S):
                 return

@@ -9,11 +9,10 @@ import asyncio
 import contextlib
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,19 +22,24 @@ from starlette.applications import Starlette
 from schemas.batch import Changed
 from schemas.events import LaneClaimed, encode
 from schemas.records import StoredRecord
-from services.blobs import BlobStore, StorageUnavailable
-from services.database import DatabaseUnavailable
+from services.blobs import BlobStore
+from services.database import DatabaseUnavailable, ReadModelsGone
 from services.eventlog import LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
+from services.faults import arm, reach
 from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
 from services.observability import LOG_LAG, configure_logging, logger
-from services.opening import Stores, open_stores
+from services.opening import Stores, open_blobs, open_stores
+from services.processor import storage
+from services.processor.health import Health
 from services.processor.lane import APPEND_TIMEOUT_S, LaneWorker, envelope
 from services.processor.lock import LaneLock
-from services.processor.projection import Projected, Projection
+from services.processor.presence import Presence, Worker
+from services.processor.projection import GenerationChangedError, Projected, Projection
 from services.processor.rows import Rows
 from services.processor.work.port import WorkerUnavailable
 from services.processor.work.process import WorkerProcess
-from services.serving import health_routes, serving
+from services.recognising import Recogniser
+from services.serving import LOST, health_routes, serving
 from services.settings import Settings, load
 
 _log = logger("processor")
@@ -47,7 +51,7 @@ UNFLUSHED_RECORDS_MAX = 20_000
 FLUSH_PAUSE_S = 0.005
 RETRY_INTERVAL_S = 0.5
 CATCH_UP_REPORT_S = 5.0
-HOUSEKEEPING_INTERVAL_S = 5.0
+HOUSEKEEPING_INTERVAL_S = 2.0
 SCRATCH_PREFIX = "sluice-work-"
 
 
@@ -56,41 +60,19 @@ def run() -> None:
     run_service(main)
 
 
-@dataclass(slots=True)
-class Health:
-    """What keeps the lane from going on, by part; empty when nothing does."""
-
-    state: str = "starting"
-    parts: dict[str, str] = field(default_factory=dict)
-    lane_lock: LaneLock | None = None
-
-    def problems(self) -> list[str]:
-        starting = [f"the lane is {self.state}"] if self.state == "starting" else []
-        lock = self.lane_lock
-        lost = [] if lock is None or lock.held else [f"the lane's lock is lost: {lock.problem or 'another holds it'}"]
-        return [*starting, *lost, *self.parts.values()]
-
-    def lost(self, part: str, reason: str) -> None:
-        if part not in self.parts:
-            _log.warning("part_lost", part=part, reason=reason)
-        self.parts[part] = reason
-
-    def back(self, part: str) -> None:
-        if self.parts.pop(part, None) is not None:
-            _log.info("part_back", part=part)
-
-
 async def main() -> None:
     settings = load(needs=("blob_url",))
     configure_logging(service="processor", log_format=settings.log_format, log_level=settings.log_level)
+    arm(settings.fault)
     stop, health = asyncio.Event(), Health()
     with stop_signals(stop):
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(_serving_health(settings, health))
             blobs, worker, scratch, stores = await stack.enter_async_context(_parts(settings))
+            health.degraded, health.work_timeout_s = worker.degraded, settings.work_timeout_s
             _log.info("processor_ready", partition=settings.partition, log_id=stores.log_id)
             working = asyncio.create_task(
-                _work_lane(settings, stores, blobs, worker, scratch, health, stop), name="lane"
+                _work_lanes(settings, stores, blobs, worker, scratch, health, stop), name="lane"
             )
             stopping = asyncio.create_task(stop.wait(), name="stop")
             try:
@@ -105,7 +87,7 @@ async def main() -> None:
 
 @contextlib.asynccontextmanager
 async def _serving_health(settings: Settings, health: Health) -> AsyncIterator[None]:
-    app = Starlette(routes=health_routes(health.problems))
+    app = Starlette(routes=health_routes(health.problems), exception_handlers=LOST)
     async with serving(app, host=settings.host, port=settings.processor_port, stop_timeout_s=1):
         yield
 
@@ -114,7 +96,7 @@ async def _serving_health(settings: Settings, health: Health) -> AsyncIterator[N
 async def _parts(settings: Settings) -> AsyncIterator[tuple[BlobStore, WorkerProcess, Path, Stores]]:
     async with contextlib.AsyncExitStack() as stack:
         async with stopwatch("blob store reached"):
-            blobs = await stack.enter_async_context(_open_blobs(settings))
+            blobs = await stack.enter_async_context(open_blobs(settings))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-")))
         _clear_scratch_of_the_dead()
         async with stopwatch("child process warm"):
@@ -130,15 +112,6 @@ def _clear_scratch_of_the_dead() -> None:
         owner = folder.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
         if owner.isdigit() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.asynccontextmanager
-async def _open_blobs(settings: Settings) -> AsyncIterator[BlobStore]:
-    try:
-        async with BlobStore.open(settings.blob_folder, fsync=settings.fsync) as blobs:
-            yield blobs
-    except StorageUnavailable as error:
-        raise StartError(f"SLUICE_BLOB_URL={settings.blob_url}: {error}") from error
 
 
 async def _start_worker(settings: Settings) -> WorkerProcess:
@@ -157,6 +130,26 @@ async def _start_worker(settings: Settings) -> WorkerProcess:
     return worker
 
 
+async def _work_lanes(
+    settings: Settings,
+    stores: Stores,
+    blobs: BlobStore,
+    worker: WorkerProcess,
+    scratch: Path,
+    health: Health,
+    stop: asyncio.Event,
+) -> None:
+    """Work the lane until `stop`; where other read models took the place of those it wrote, take it anew from these."""
+    while not stop.is_set():
+        try:
+            await _work_lane(settings, stores, blobs, worker, scratch, health, stop)
+        except GenerationChangedError as changed:
+            _log.warning("lane_begins_anew", partition=settings.partition, reason=str(changed))
+            health.projection = health.hand = health.lane_lock = None
+        else:
+            return
+
+
 async def _work_lane(
     settings: Settings,
     stores: Stores,
@@ -168,10 +161,16 @@ async def _work_lane(
 ) -> None:
     """Take the lane, then work it until `stop`; raises StartError where it is lost."""
     async with contextlib.AsyncExitStack() as stack:
-        lock = await stack.enter_async_context(LaneLock.open(stores.database, partition=settings.partition))
-        health.state = "standing by"
+        identity, database = Worker.this_process(), stores.database
+        lock = await stack.enter_async_context(LaneLock.open(database, identity, partition=settings.partition))
+        health.lane_lock, health.state = lock, "standing by"
+        presence = await stack.enter_async_context(
+            Presence.open(database, identity, partition=settings.partition, look=health.condition)
+        )
+        health.on_change = presence.wake
         if await _unless_stopped(lock.take(), stop) is None:
             return
+        reach("processor.after_lock")
         health.state = "catching up"
         reader, writer = stores.log.reader([settings.partition]), stores.log.writer()
         stack.push_async_callback(writer.close)
@@ -182,6 +181,7 @@ async def _work_lane(
             taken = await _unless_stopped(_take(stores, settings.partition, reader, writer, health), stop)
         if taken is None:
             return
+        reach("processor.after_claim")
         projection, epoch = taken
         hand = LaneWorker(
             epoch=epoch,
@@ -192,14 +192,20 @@ async def _work_lane(
             worker=worker,
             scratch=scratch,
             work_timeout_s=settings.work_timeout_s,
-            may_start=lambda: lock.held and "database" not in health.parts,
+            may_start=lambda: lock.held and not health.parts.keys() & {"database", storage.PART},
         )
+        recogniser = Recogniser(reader, topic=settings.log_topic, log_id=stores.log_id)
         lock.on_change = hand.wake
-        health.lane_lock = lock
+        health.projection, health.hand = projection, hand
         await hand.load()
         health.state = "working"
         _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)
-        await _go_on(settings, Lane(reader, projection, hand, blobs, health), keeping, stop)
+        store = storage.Storage(blobs, health, hand.wake)
+        await _go_on(settings, Lane(reader, projection, hand, store, health, recogniser), keeping, stop)
+        # Others may have the lane now, before the rest is closed; first the row, so that nobody waits for us.
+        await cancelled(keeping)
+        await presence.leave()
+        await lock.give_back()
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,8 +215,9 @@ class Lane:
     reader: LogReader
     projection: Projection
     hand: LaneWorker
-    blobs: BlobStore
+    storage: storage.Storage
     health: Health
+    recogniser: Recogniser
 
 
 async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], stop: asyncio.Event) -> None:
@@ -219,8 +226,9 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
     flushing = asyncio.create_task(_flush(lane), name="lane.flush")
     working = asyncio.create_task(lane.hand.run(), name="lane.work")
     housekeeping = asyncio.create_task(_keep_house(lane, settings.idle_seal_s), name="lane.housekeeping")
+    storing = asyncio.create_task(lane.storage.keep(), name="lane.storage")
     stopping = asyncio.create_task(stop.wait(), name="lane.stop")
-    tasks = (reading, flushing, working, housekeeping, stopping)
+    tasks = (reading, flushing, working, housekeeping, storing, stopping)
     try:
         await first_of(*tasks, keeping)
         await lane.hand.stop()
@@ -229,9 +237,13 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
         _log.info("lane_given_back", epoch=lane.hand.epoch, next_offset=lane.projection.lane.next_offset)
     except (LogRefused, LogUnavailable) as error:
         raise StartError(str(error)) from error
+    except GenerationChangedError:
+        await lane.hand.stop()
+        await asyncio.wait({working})  # the file in work ends or is given back: this costs it no attempt
+        raise
     finally:
         await cancelled(*tasks)
-        with contextlib.suppress(DatabaseUnavailable):
+        with contextlib.suppress(DatabaseUnavailable, GenerationChangedError):
             await lane.projection.flush()
 
 
@@ -248,9 +260,16 @@ async def _patiently_open(stores: Stores, partition: int) -> Projection:
     while True:
         try:
             rows = await Rows.live(stores.database)
-            return await Projection.open(rows, partition=partition, log_id=stores.log_id)
-        except DatabaseUnavailable:
+            projection = await Projection.open(rows, partition=partition, log_id=stores.log_id)
+            first = projection.lane.next_offset
+            projection.quarantined = await rows.quarantined(partition, log_id=stores.log_id, first=first)
+        except DatabaseUnavailable as error:
+            if isinstance(error, ReadModelsGone):
+                with contextlib.suppress(DatabaseUnavailable):
+                    await stores.database.migrate()
             await asyncio.sleep(RETRY_INTERVAL_S)
+        else:
+            return projection
 
 
 async def _read_from(reader: LogReader, projection: Projection) -> None:
@@ -268,7 +287,7 @@ async def _read_from(reader: LogReader, projection: Projection) -> None:
 async def _claim(reader: LogReader, writer: LogWriter, projection: Projection, health: Health) -> int:
     """Catch up, say that the lane is ours, and read on until our own claim comes back effective: its offset is our
     epoch. Everything read by then is in Postgres afterwards."""
-    worker_id = f"{socket.gethostname()}-{os.getpid()}"
+    worker_id = Worker.this_process().worker_id
     partition = projection.lane.partition
     while True:
         await _catch_up(reader, projection, health)
@@ -277,7 +296,7 @@ async def _claim(reader: LogReader, writer: LogWriter, projection: Projection, h
         try:
             await writer.append(partition, [encode(claim, said)], timeout_s=APPEND_TIMEOUT_S)
         except (LogUnavailable, LogOutcomeUnknown) as error:
-            health.lost("log", str(error))
+            health.lost("log", error)
             await asyncio.sleep(RETRY_INTERVAL_S)
         for projected in await _catch_up(reader, projection, health):
             if projected.fact.id == said.id and isinstance(projected.outcome, Changed):
@@ -289,17 +308,19 @@ async def _catch_up(reader: LogReader, projection: Projection, health: Health) -
     claims: list[Projected] = []
     reported = began = time.monotonic()
     end: int | None = None
+    records: list[StoredRecord] = []  # kept until they are folded: the reader does not bring them again
     while end is None or projection.lane.next_offset < end or projection.dirty:
         try:
             if end is None:
                 end = (await reader.ends())[projection.lane.partition]
             if projection.lane.next_offset < end:
-                records = await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
+                records = records or await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
                 folded = await projection.fold(records)
+                records = []
                 claims += [each for each in folded if isinstance(each.fact.event, LaneClaimed)]
             await projection.flush()
         except (LogUnavailable, DatabaseUnavailable) as error:
-            health.lost("catching up", str(error))
+            health.lost("catching up", error)
             await asyncio.sleep(RETRY_INTERVAL_S)
             continue
         health.back("catching up")
@@ -325,6 +346,7 @@ async def _read(lane: Lane) -> None:
     reader, projection, health = lane.reader, lane.projection, lane.health
     records: list[StoredRecord] = []
     while True:
+        health.reads += 1
         if projection.lane.next_offset - projection.committed > UNFLUSHED_RECORDS_MAX:
             await asyncio.sleep(FLUSH_PAUSE_S)
             continue
@@ -337,10 +359,10 @@ async def _read(lane: Lane) -> None:
             for projected in folded:
                 lane.hand.see(projected)
         except LogUnavailable as error:
-            health.lost("log", str(error))
+            health.lost("log", error)
             await asyncio.sleep(RETRY_INTERVAL_S)
         except DatabaseUnavailable as error:
-            health.lost("database", str(error))
+            health.lost("database", error)
             await asyncio.sleep(RETRY_INTERVAL_S)
 
 
@@ -354,13 +376,11 @@ async def _flush(lane: Lane) -> None:
             try:
                 removed = await lane.projection.flush()
             except DatabaseUnavailable as error:
-                lane.health.lost("database", str(error))
+                lane.health.lost("database", error)
                 await asyncio.sleep(RETRY_INTERVAL_S)
                 continue
             lane.health.back("database")
-            for upload_id in removed:
-                with contextlib.suppress(StorageUnavailable):
-                    await lane.blobs.delete_upload(upload_id)
+            await lane.storage.remove(removed)
             await asyncio.sleep(FLUSH_PAUSE_S)
 
 
@@ -371,6 +391,11 @@ async def _keep_house(lane: Lane, idle_seal_s: float) -> None:
         with contextlib.suppress(DatabaseUnavailable):
             await lane.hand.seal_idle(int((time.time() - idle_seal_s) * 1000))
         with contextlib.suppress(LogUnavailable):
+            await lane.recogniser.look()
+            if lane.recogniser.complaint is not None:
+                lane.health.lost("the log's beginning", lane.recogniser.complaint)
+            else:
+                lane.health.back("the log's beginning")
             end = (await lane.reader.ends())[partition]
             LOG_LAG.labels(partition).set(max(0, end - lane.projection.lane.next_offset))
         lane.hand.wake()

@@ -7,7 +7,7 @@ once. Rows are cached only as long as that is true of them; everything SQL store
 """
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,16 +15,20 @@ from schemas.batch import Batch, Changed, Ignored, Lane, Upload, cancel_swept, e
 from schemas.events import Fact, Undecodable, UploadStarted, decode
 from schemas.records import StoredRecord
 from services.database import BATCH_FIELDS, UPLOAD_FIELDS
+from services.faults import reach
 from services.lifecycle import StartError
-from services.observability import COMMIT_SECONDS, FACTS_FOLDED, PROJECTED_OFFSET, RECORDS_QUARANTINED, logger
-
-_log = logger("projection")
+from services.observability import COMMIT_SECONDS, FACTS_FOLDED, PROJECTED_OFFSET
 
 CACHED_ROWS_MAX = 50_000
+_EFFECTIVE, _IGNORED = FACTS_FOLDED.labels("effective"), FACTS_FOLDED.labels("ignored")
 
 
 class LaneLostError(StartError):
     """Somebody else moves this lane's position: this process must stop, its memory is worth nothing."""
+
+
+class GenerationChangedError(StartError):
+    """Other rows are live now, rebuilt from the same log: forget what is in memory, and go on from those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,10 @@ class Store(Protocol):
         """Where the rows of a partition stand; one that nobody projected yet begins at offset 0."""
         ...
 
+    async def position(self, partition: int) -> int:
+        """The next offset the rows of a partition stand for."""
+        ...
+
     async def batches(self, ids: Sequence[str]) -> dict[str, Batch]:
         """The batches of these ids that exist, the deleted ones too."""
         ...
@@ -79,21 +87,25 @@ class Store(Protocol):
     async def write(self, payload: Payload) -> list[str]:
         """Write it and move the position, whole or not at all; returns the ids of uploads that are gone now.
 
-        Raises LaneLostError where the position is neither before this payload nor after it.
+        Raises LaneLostError where the position is neither before this payload nor after it, GenerationChangedError
+        (any method may) where these rows are live no more.
         """
         ...
 
 
 class Projection:
-    """One lane's rows. `lane` is where folding stands, `committed` the next offset Postgres holds."""
+    """One lane's rows. `lane` is where folding stands, `committed` the next offset Postgres holds, `quarantined` the
+    reasons of records that say nothing, whatever this version makes of them, until they are retried."""
 
-    def __init__(self, store: Store, *, lane: Lane) -> None:
+    def __init__(self, store: Store, *, lane: Lane, quarantined: Mapping[int, str] | None = None) -> None:
         self.lane = lane
+        self.quarantined = dict(quarantined or {})
         self.committed = lane.next_offset
         self._store = store
         self._rows = asyncio.Lock()
         self._batches: dict[str, Batch | None] = {}
         self._uploads: dict[str, Upload | None] = {}
+        self._members: dict[str, dict[str, Upload]] = {}
         self._dirty_batches: dict[str, Batch] = {}
         self._dirty_uploads: dict[str, Upload] = {}
         self._next = Payload(lane.next_offset, lane)
@@ -101,18 +113,25 @@ class Projection:
         self.folded = asyncio.Event()
 
     @classmethod
-    async def open(cls, store: Store, *, partition: int, log_id: str) -> "Projection":
+    async def open(
+        cls, store: Store, *, partition: int, log_id: str, quarantined: Mapping[int, str] | None = None
+    ) -> "Projection":
         """The projection as the store holds it; a lane nobody projected yet begins at offset 0."""
-        return cls(store, lane=await store.lane(partition, log_id=log_id))
+        return cls(store, lane=await store.lane(partition, log_id=log_id), quarantined=quarantined)
 
     @property
     def dirty(self) -> bool:
         """Whether anything was folded that Postgres does not hold yet; `folded` is set whenever there is more."""
         return self.committed < self.lane.next_offset
 
+    @property
+    def cached(self) -> int:
+        """How many rows are in memory; they are let go of at a fold while no flush is under way."""
+        return len(self._uploads) + len(self._batches)
+
     async def fold(self, records: Sequence[StoredRecord]) -> list[Projected]:
         """Fold the next records, in order. Raises DatabaseUnavailable before anything was folded."""
-        decoded = [decode(record) for record in records]
+        decoded = [self._decode(record) for record in records]
         async with self._rows:
             await self._load([fact for fact in decoded if isinstance(fact, Fact)])
             folded = [projected for fact in decoded if (projected := self._fold_one(fact)) is not None]
@@ -136,18 +155,23 @@ class Projection:
         """What the lane has to work on: unended batches, their queued and processing uploads, and each user's last
         start. Everything folded must have been flushed."""
         assert not self.dirty
-        return await self._store.unended(self.lane.partition)
+        found = await self._store.unended(self.lane.partition)
+        await self._check_alone()
+        return found
 
     async def idle_batches(self, before_ms: int) -> list[Batch]:
         """Open batches into which nothing was queued since `before_ms`."""
         return await self._store.idle_batches(self.lane.partition, before_ms=before_ms)
 
+    def _decode(self, record: StoredRecord) -> Fact | Undecodable:
+        if self.quarantined and (reason := self.quarantined.get(record.offset)) is not None:
+            return Undecodable(record.partition, record.offset, record.timestamp_ms, reason)
+        return decode(record)
+
     def _fold_one(self, fact: Fact | Undecodable) -> Projected | None:
         step(self.lane, fact.offset, fact.timestamp_ms)
         if isinstance(fact, Undecodable):
             self._next.quarantined.append((fact.offset, self.lane.time_ms, fact.reason))
-            RECORDS_QUARANTINED.inc()
-            _log.warning("record_quarantined", partition=fact.partition, offset=fact.offset, reason=fact.reason)
             return None
         batch_id, upload_id = fact.batch_id, fact.upload_id
         batch = self._batches.get(batch_id) if batch_id else None
@@ -159,7 +183,7 @@ class Projection:
         if batch_id:
             reason = None if isinstance(outcome, Changed) else str(outcome)
             self._next.events.append((fact.offset, batch_id, self.lane.time_ms, reason))
-        FACTS_FOLDED.labels("effective" if isinstance(outcome, Changed) else "ignored").inc()
+        (_EFFECTIVE if isinstance(outcome, Changed) else _IGNORED).inc()
         return Projected(fact, outcome, batch, upload)
 
     def _remember(self, fact: Fact, changed: Changed) -> None:
@@ -168,7 +192,8 @@ class Projection:
             return
         self._batches[batch.id] = self._dirty_batches[batch.id] = batch
         if upload is not None:
-            self._uploads[upload.id] = self._dirty_uploads[upload.id] = upload
+            self._dirty_uploads[upload.id] = upload
+            self._know(upload)
         if isinstance(fact.event, UploadStarted):
             self._next.user_starts[batch.user_id] = fact.offset
         if changed.swept == "cancelled":
@@ -178,13 +203,17 @@ class Projection:
                     self._dirty_uploads[each.id] = each
         elif changed.swept == "deleted":
             self._next.deleted.append(batch)
-            for each in self._of(batch.id):
+            for each in self._members.pop(batch.id, {}).values():
                 self._uploads[each.id] = None
                 self._dirty_uploads.pop(each.id, None)
                 self._next.removed.append(each.id)
 
     def _of(self, batch_id: str) -> list[Upload]:
-        return [upload for upload in self._uploads.values() if upload is not None and upload.batch_id == batch_id]
+        return list(self._members.get(batch_id, {}).values())
+
+    def _know(self, upload: Upload) -> None:
+        self._uploads[upload.id] = upload
+        self._members.setdefault(upload.batch_id, {})[upload.id] = upload
 
     # Rows
 
@@ -197,16 +226,29 @@ class Projection:
         missing = [batch_id for batch_id in ids if batch_id not in self._batches]
         if missing:
             found = await self._store.batches(missing)
+            await self._check_alone()
             self._batches.update({batch_id: found.get(batch_id) for batch_id in missing})
 
     async def _load_uploads(self, ids: Iterable[str]) -> None:
         missing = [upload_id for upload_id in ids if upload_id not in self._uploads]
         if missing:
             found = await self._store.uploads(missing)
+            await self._check_alone()
             await self._load_batches({upload.batch_id for upload in found.values()})
+            self._uploads.update(dict.fromkeys(missing))
             for upload in found.values():
                 self._sweep_loaded(upload)
-            self._uploads.update({upload_id: found.get(upload_id) for upload_id in missing})
+                self._know(upload)
+
+    async def _check_alone(self) -> None:
+        """Raises LaneLostError where the rows just loaded may hold what was not folded here yet: then whoever had the
+        lane before still writes, and folding onto its rows would count twice. Asked after them; a position only grows.
+        """
+        if (found := await self._store.position(self.lane.partition)) > self.lane.next_offset:
+            raise LaneLostError(
+                f"the rows of partition {self.lane.partition} stand for {found} records, {self.lane.next_offset} were "
+                "folded here: another processor writes this lane; this process stops, a new one begins there"
+            )
 
     def _sweep_loaded(self, upload: Upload) -> None:
         """A row read before its batch's cancellation was flushed: the fold knows better than the row."""
@@ -215,9 +257,11 @@ class Projection:
             cancel_swept(upload, at_ms=batch.completed_ms, offset=batch.offset)
 
     def _drop_clean(self) -> None:
-        if self._in_flight is not None or len(self._uploads) + len(self._batches) <= CACHED_ROWS_MAX:
+        if self._in_flight is not None or self.cached <= CACHED_ROWS_MAX:
             return
-        self._uploads = dict(self._dirty_uploads)
+        self._uploads, self._members = {}, {}
+        for upload in self._dirty_uploads.values():
+            self._know(upload)
         self._batches = dict(self._dirty_batches)
 
     # Writing
@@ -232,8 +276,10 @@ class Projection:
                 return []
             self._in_flight = self._cut()
         payload = self._in_flight
+        reach("processor.before_commit")
         with COMMIT_SECONDS.time():
             removed = await self._store.write(payload)
+        reach("processor.after_commit")
         self._in_flight = None
         self.committed = payload.lane.next_offset
         PROJECTED_OFFSET.labels(self.lane.partition).set(self.committed)

@@ -94,11 +94,13 @@ class Sluice:
         )
 
     @contextlib.asynccontextmanager
-    async def up(self) -> AsyncIterator[Up]:
+    async def up(self, *options: str) -> AsyncIterator[Up]:
         """Everything, ready; ended at the latest when the block is left."""
         err_file = self.data_dir.with_suffix(".err")
         with err_file.open("wb") as err:
-            process = await self.start(*("up", "--json", *ANY_PORTS), stdout=asyncio.subprocess.PIPE, stderr=err)
+            process = await self.start(
+                *("up", "--json", *ANY_PORTS, *options), stdout=asyncio.subprocess.PIPE, stderr=err
+            )
         assert process.stdout is not None
         try:
             line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT_S)

@@ -29,6 +29,23 @@ async def test_batches_are_cancelled_retried_and_looked_back_at(sluice: Sluice, 
         refused = await sluice.run("retry", slow)
         assert (refused.code, "(batch_ended)" in refused.err) == (1, True)
 
+        # Nothing is left of an upload of which no file was taken; one that is stopped says what became of it.
+        (tmp_path / "notes.txt").write_text("no picture")
+        untaken = await sluice.run("upload", tmp_path / "notes.txt")
+        assert (untaken.code, "no file was taken, so there is no batch" in untaken.out) == (1, True)
+        assert [batch["id"] for batch in (await sluice.run("status", "--json")).json["batches"]] == [slow]
+        pictures = [tmp_path / f"slow-{number}.png" for number in range(8)]
+        sending = await sluice.start("upload", "--watch", *pictures, stderr=asyncio.subprocess.PIPE)
+        while len(batches := (await sluice.run("status", "--json")).json["batches"]) < 2:
+            assert sending.returncode is None
+        sending.send_signal(signal.SIGINT)
+        _, err = await asyncio.wait_for(sending.communicate(), COMMAND_TIMEOUT_S)
+        assert (sending.returncode, f"Batch {batches[0]['id']} keeps what was sent so far" in err.decode()) == (
+            130,
+            True,
+        )
+        assert (await sluice.run("cancel", batches[0]["id"])).code == 0
+
         # A batch with a failed file is retried, as a whole and by its file.
         sent = await sluice.run("upload", "--watch", "--json", PICTURES / "cat.png", PICTURES / "broken-download.jpg")
         assert sent.code == 1

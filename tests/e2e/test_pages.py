@@ -21,8 +21,9 @@ from tests.e2e.conftest import ROOT, Sluice, environment
 
 PAGE_TIMEOUT_S = 60
 PAGES = {
-    "command-line.md": ["kafka's jars", '"healthy": true', "0 missing or damaged"],
+    "command-line.md": ["kafka's jars", '"healthy": true', "records of the log", "0 missing or damaged"],
     "mcp.md": ['"structuredContent":{"items":[{', "Nothing more is to be done; list_uploads shows the results."],
+    "operations.md": ['"pids": {', '"processor": '],
     "retry-and-cancel.md": ["corrupt_media", "is processing", "is cancelled: 0 files cancelled"],
     "send-files.md": ["2 files taken, 0 rejected", '"accepted":[{', '"sealed":true', '"files_max":1000'],
     "time-travel.md": ["UploadSucceeded", '"next_cursor":"', "sluice.UploadSucceeded.v1"],

@@ -71,13 +71,13 @@ async def test_pictures_are_sent_watched_and_asked_for_until_sigterm_drains_it_a
     assert not (sluice.data_dir / "endpoints.json").exists()
 
 
-async def test_a_part_that_dies_ends_all_and_is_named_and_the_next_start_finishes_the_batch(
+async def test_without_restarts_a_part_that_dies_ends_all_and_is_named_and_the_next_start_finishes_the_batch(
     sluice: Sluice, tmp_path: Path
 ) -> None:
     # Given a batch whose work takes some seconds.
     count = 14
     files = slow_pictures(tmp_path, count)
-    async with sluice.up() as up:
+    async with sluice.up("--no-restart") as up:
         sent = await sluice.run("upload", "--json", *files)
         batch_id = sent.json["batch"]["id"]
         before = await until_some_are_done(up, sluice, batch_id)
@@ -101,19 +101,33 @@ async def test_a_part_that_dies_ends_all_and_is_named_and_the_next_start_finishe
     assert sum(upload["attempts"] for upload in uploads) <= count + 1
 
 
-async def test_killing_the_command_leaves_nothing_behind_and_losing_a_server_ends_all(sluice: Sluice) -> None:
+async def test_killing_the_command_leaves_nothing_behind_and_without_restarts_losing_a_server_ends_all(
+    sluice: Sluice,
+) -> None:
     async with sluice.up() as up:
         up.process.kill()
         await up.process.wait()
         await asyncio.to_thread(require_gone, up.family)
 
-    async with sluice.up() as again:
+    async with sluice.up("--no-restart") as again:
         assert (await sluice.run("upload", "--watch", PICTURES / "fig.webp")).code == 0
         kafka = next(one for one in again.servers() if "kafka.Kafka" in one.cmdline())
         kafka.kill()
         ended = await again.ended()
     assert ended.code == 1
     assert "kafka ended by SIGKILL" in ended.err
+
+
+async def test_a_part_that_cannot_start_at_all_ends_the_first_start_with_its_reason(sluice: Sluice) -> None:
+    sluice.data_dir.mkdir()
+    (sluice.data_dir / "blobs").write_text("a file where the folder of files should be")
+
+    ended = await sluice.run("up", *ANY_PORTS)
+
+    assert ended.code == 1
+    assert "ended with code 1, so all is stopped" in ended.err
+    assert str(sluice.data_dir / "blobs") in ended.err
+    assert "restart" not in ended.err
 
 
 async def test_a_taken_port_is_named_with_the_option_that_chooses_another(sluice: Sluice) -> None:

@@ -154,11 +154,13 @@ async def test_a_put_is_checked_against_its_announced_digest(api: RunningApi, ad
     refused = await ada.put(batch_id, "a.jpg", picture, Repr_Digest=f"sha-256=:{wrong}:")
     unreadable = await ada.put(batch_id, "a.jpg", picture, Repr_Digest="sha-256=:no:")
     blobs_between = api.blobs
+    unnamed = await ada.put(batch_id, "b.jpg", picture, Repr_Digest=f"xsha-256=:{wrong}:, sha-256x=:{wrong}:")
     taken = await ada.put(batch_id, "a.jpg", picture, Repr_Digest=f"sha-512=:AA==:, sha-256=:{right}:")
 
     assert (refused.status_code, code_of(refused)) == (400, "digest_mismatch")
     assert (unreadable.status_code, code_of(unreadable)) == (422, "invalid_request")
     assert blobs_between == []
+    assert unnamed.status_code == 202
     assert taken.status_code == 202
 
 
@@ -380,6 +382,7 @@ async def test_the_bytes_come_back_whole_and_in_ranges(ada: Person) -> None:
     part = await ada.http.get(path, headers={"Range": "bytes=10-19"})
     tail = await ada.http.get(path, headers={"Range": "bytes=-5", "If-Range": etag})
     stale = await ada.http.get(path, headers={"Range": "bytes=-5", "If-Range": '"other"'})
+    weak = await ada.http.get(path, headers={"Range": "bytes=-5", "If-Range": f"W/{etag}"})
     beyond = await ada.http.get(path, headers={"Range": "bytes=10000-"})
     unchanged = await ada.http.get(path, headers={"If-None-Match": etag})
     head = await ada.http.head(path)
@@ -393,7 +396,9 @@ async def test_the_bytes_come_back_whole_and_in_ranges(ada: Person) -> None:
     assert part.headers["Content-Range"] == "bytes 10-19/10000"
     assert (tail.status_code, tail.content) == (206, picture[-5:])
     assert (stale.status_code, stale.content) == (200, picture)
+    assert (weak.status_code, weak.content) == (200, picture)
     assert (beyond.status_code, beyond.headers["Content-Range"]) == (416, "bytes */10000")
+    assert (code_of(beyond), beyond.headers["ETag"]) == ("range_not_satisfiable", etag)
     assert (unchanged.status_code, unchanged.content) == (304, b"")
     assert (head.status_code, head.headers["Content-Length"], head.content) == (200, "10000", b"")
 
@@ -555,5 +560,8 @@ async def test_the_service_tells_how_it_is(api: RunningApi, ada: Person) -> None
     assert config["limits"]["files_max"] == 1_000
     assert {page.status_code for page in pages.values()} == {200}
     assert "sluice_http_seconds_count" in pages["/metrics"].text
-    assert 'route="/v1/batches"' in pages["/metrics"].text
+    posted = 'method="POST",route="/v1/batches",status="2xx"'
+    assert len([line for line in pages["/metrics"].text.splitlines() if posted in line]) < 10
+    assert posted in pages["/metrics"].text
+    assert "_created" not in pages["/metrics"].text
     assert "http" not in pages["/docs"].text.replace(api.url, "")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -58,6 +59,13 @@ async def answered_with(
             await asyncio.sleep(0.1)
 
 
+def assert_nothing_of_our_insides(*answers: httpx.Response, of: str) -> None:
+    """No address, no repr of an exception: what a stranger has no use for and we might not want to tell."""
+    for answer in answers:
+        assert of not in answer.text
+        assert not re.search(r"Error|AddressFamily|\w\(|127\.0\.0\.1|/tmp", answer.text), answer.text
+
+
 async def health(api: RunningApi) -> httpx.Response:
     async with httpx.AsyncClient(base_url=api.url, trust_env=False) as anyone:
         return await anyone.get("/readyz")
@@ -99,6 +107,7 @@ async def test_while_kafka_hangs_writes_are_refused_or_unknown_and_reads_go_on(
         assert refused.status_code == 503
         assert read.json() == known["batch"]
         assert unready.json()["problems"]
+        assert_nothing_of_our_insides(unready, refused, of=own_kafka.bootstrap_servers)
         assert (status["mode"], len(status["degraded"]) > 0) == ("degraded", True)
         assert back.json()["batch"]["total_uploads"] == 1
         assert ready.json()["problems"] == []
@@ -138,7 +147,8 @@ async def test_a_kafka_that_was_stopped_is_found_again(
             assert (read[0].json()["items"], read[1].json()) == ([done], done)
             assert uploads.json()["items"][0]["status"] == "failed"
             assert (past.status_code, code_of(past)) == (503, "log_unavailable")
-            assert unready.json()["problems"]
+            assert "Kafka" in " ".join(unready.json()["problems"])
+            assert_nothing_of_our_insides(unready, refused, past, of=kafka.bootstrap_servers)
             assert made.json()["id"] != known
             assert full["degraded"] == []
     finally:
@@ -163,14 +173,14 @@ async def test_while_postgres_hangs_what_the_tail_knows_goes_on(
                 status = await answered_with(lambda: ada.get("/v1/status"), lambda body: body["mode"] == "degraded")
                 listed = await answered(lambda: ada.get("/v1/batches"), "database_unavailable")
             back = await answered_with(
-                lambda: ada.get("/v1/status"), lambda body: "database" not in " ".join(body["degraded"])
+                lambda: ada.get("/v1/status"), lambda body: "Postgres" not in " ".join(body["degraded"])
             )
             found = await ada.get(f"/v1/batches/{made.json()['batch']['id']}")
 
             assert (made.status_code, added.status_code, read.json()["total_uploads"]) == (202, 202, 1)
-            assert "database" in " ".join(status["degraded"])
+            assert "Postgres" in " ".join(status["degraded"])
             assert listed.status_code == 503
-            assert back["oldest_unfinished_s"] is None  # nothing is projected here
+            assert back["oldest_unfinished_s"] > 0  # nothing is projected here
             assert found.json() == made.json()["batch"]
 
 
@@ -194,8 +204,10 @@ async def test_that_no_processor_works_is_said_while_everything_else_goes_on(
         assert full["degraded"] == []
 
 
-async def test_while_postgres_is_away_what_the_tail_knows_goes_on(kafka: str, unique: str, tmp_path: Path) -> None:
-    postgres = EmbeddedPostgres(data_dir=tmp_path / "postgres")
+async def test_while_postgres_is_away_what_the_tail_knows_goes_on(
+    kafka: str, unique: str, tmp_path: Path, data_dir: Path
+) -> None:
+    postgres = EmbeddedPostgres(data_dir=data_dir)
     await postgres.start()
     settings = api_settings(kafka=kafka, database_url=postgres.url, unique=unique, blobs=tmp_path / "blobs")
     async with running_api(settings) as api:
@@ -211,7 +223,7 @@ async def test_while_postgres_is_away_what_the_tail_knows_goes_on(kafka: str, un
         listed = await ada.get("/v1/batches")
         unready = await answered(lambda: health(api), 503)
 
-        postgres = EmbeddedPostgres(data_dir=tmp_path / "postgres", port=port)
+        postgres = EmbeddedPostgres(data_dir=data_dir, port=port)
         await postgres.start()
         await answered(lambda: ada.get("/v1/batches"), 200)
         await answered(lambda: health(api), 200)

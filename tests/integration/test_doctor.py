@@ -33,8 +33,20 @@ async def test_servers_that_work_together_are_well(kafka: str, database_url: str
     assert found["kafka"].endswith(f"answers at {kafka}")
     assert found["topic"] == f"{unique} keeps everything, in 1 partition(s)"
     assert "with Sluice's tables" in found["postgres"]
+    assert found["processors"].endswith(" at work")
     assert found["same log"].endswith("; the read models are 0 records behind it")
     assert "differ by less than" in found["clocks"]
+
+
+async def test_tables_that_are_gone_are_named(kafka: str, database_url: str, unique: str, tmp_path: Path) -> None:
+    async with a_lane(kafka=kafka, database_url=database_url, unique=unique, folder=tmp_path) as lane:
+        async with lane.database.connection() as connection:
+            await connection.execute("DROP TABLE gen_1.users CASCADE")
+
+        with pytest.raises(Ailing, match=r"tables are gone: gen_1\.users, public\.users") as found:
+            await ailments_there.database(patient(kafka=kafka, database_url=database_url, topic=unique))
+
+    assert "start a processor" in found.value.mend
 
 
 async def test_a_fresh_start_is_well_and_nothing_is_made_by_looking(kafka: str, database_url: str, unique: str) -> None:

@@ -33,7 +33,7 @@ T = TypeVar("T")
 both = pytest.mark.parametrize("server_class", [EmbeddedKafka, EmbeddedPostgres])
 
 PARENT = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
 
@@ -43,6 +43,7 @@ async def main():
         print(kafka.pid, postgres.pid, flush=True)
         await asyncio.Event().wait()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 asyncio.run(main())
 """
 
@@ -91,6 +92,62 @@ async def test_rows_and_records_survive_servers_that_are_killed(data_dir: Path) 
     async with EmbeddedKafka(data_dir=data_dir) as kafka, EmbeddedPostgres(data_dir=data_dir) as postgres:
         assert await consume(kafka.bootstrap_servers, "kept") == [b"a fact"]
         assert await run_sql(postgres.url, "SELECT answer FROM kept") == 42
+
+
+async def test_killed_servers_start_again_where_they_were(data_dir: Path) -> None:
+    async with EmbeddedKafka(data_dir=data_dir) as kafka, EmbeddedPostgres(data_dir=data_dir) as postgres:
+        addresses, pids = (kafka.bootstrap_servers, postgres.url), {kafka.pid, postgres.pid}
+        await make_topic(kafka.bootstrap_servers, "kept")
+        await produce(kafka.bootstrap_servers, "kept", b"a fact")
+        await run_sql(postgres.url, "CREATE TABLE kept AS SELECT 42 AS answer")
+
+        for server in (kafka, postgres):
+            os.kill(server.pid, signal.SIGSTOP)  # one that hangs can be killed as well
+            os.kill(server.pid, signal.SIGKILL)
+            await within(server.wait())
+            assert not server.runs
+            await server.start_again()
+            assert server.runs
+
+        assert (kafka.bootstrap_servers, postgres.url) == addresses
+        assert pids.isdisjoint({kafka.pid, postgres.pid})
+        assert await consume(kafka.bootstrap_servers, "kept") == [b"a fact"]
+        assert await run_sql(postgres.url, "SELECT answer FROM kept") == 42
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a guard adopt what its server leaves behind")
+async def test_a_session_that_does_not_see_that_its_postgres_was_killed_is_ended_with_it(data_dir: Path) -> None:
+    async with EmbeddedPostgres(data_dir=data_dir) as postgres:
+        session = await asyncpg.connect(postgres.url)
+        session_pid = await session.fetchval("SELECT pg_backend_pid()")
+        os.kill(session_pid, signal.SIGSTOP)
+
+        os.kill(postgres.pid, signal.SIGKILL)
+        assert await within(postgres.wait()) == 128 + signal.SIGKILL
+
+        assert not psutil.pid_exists(session_pid)
+        session.terminate()
+        await postgres.start_again()
+        assert await run_sql(postgres.url, "SELECT 1") == 1
+
+
+async def test_a_killed_postgres_starts_though_its_number_is_another_process_now(data_dir: Path) -> None:
+    async with EmbeddedPostgres(data_dir=data_dir) as postgres:
+        killed = postgres.pid
+        os.kill(killed, signal.SIGKILL)
+        await within(postgres.wait())
+    pgdata = data_dir / "postgres" / "pgdata"
+    owner = pgdata.stat().st_uid  # of whose processes alone Postgres takes notice
+    another = await asyncio.create_subprocess_exec(
+        "cat", stdin=asyncio.subprocess.PIPE, user=None if owner == os.geteuid() else owner
+    )
+    left_behind = (pgdata / "postmaster.pid").read_text()
+    (pgdata / "postmaster.pid").write_text(left_behind.replace(str(killed), str(another.pid), 1))
+
+    async with EmbeddedPostgres(data_dir=data_dir) as postgres:
+        assert await run_sql(postgres.url, "SELECT 1") == 1
+
+    await another.communicate(b"")  # its end
 
 
 # What the servers are like

@@ -13,6 +13,7 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp_types import CallToolResult
 
+from services.api.mcp import OPEN_PER_USER_MAX
 from services.auth import make_token
 from services.demo import PICTURES
 from tests.integration.api_client import (
@@ -27,6 +28,8 @@ from tests.integration.api_client import (
 )
 
 ENDS_TIMEOUT_S = 60
+ACCEPT = {"Accept": "application/json, text/event-stream"}
+LIST = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
 
 
 @pytest.fixture
@@ -284,14 +287,93 @@ async def test_a_page_of_another_origin_may_not_call(api: RunningApi, ada: Perso
     foreign = await ada.http.post("/mcp", json=message, headers={**accept, "Origin": "https://evil.example"})
     own = await ada.http.post("/mcp", json=message, headers={**accept, "Origin": api.url})
     got = await ada.http.get("/mcp", headers=accept)
+    strange = [
+        await ada.http.post("/mcp", json=message, headers={**accept, "Origin": origin})
+        for origin in ("http://[", "null", "https://[::1", "//")
+    ]
 
     assert (foreign.status_code, code_of(foreign)) == (403, "forbidden_scope")
+    assert [(each.status_code, code_of(each)) for each in strange] == [(403, "forbidden_scope")] * 4
     assert own.status_code == 200, own.text
     assert (got.status_code, got.headers["Allow"]) == (405, "POST")
 
 
-async def until_waited_for(api: RunningApi, batch_id: str) -> None:
-    """Return when somebody waits for this batch in the api."""
+async def test_what_is_no_message_of_mcp_is_refused_with_a_problem(ada: Person) -> None:
+    text = await ada.http.post("/mcp", content=b"{}", headers={**ACCEPT, "Content-Type": "text/plain"})
+    none = await ada.http.post("/mcp", content=b"{}", headers=ACCEPT)
+    large = await ada.http.post("/mcp", json={**LIST, "params": {"x": "x" * 70_000}}, headers=ACCEPT)
+    fine = await ada.http.post("/mcp", json={**LIST, "params": {"_meta": {"x": "x" * 60_000}}}, headers=ACCEPT)
+
+    assert [code_of(each) for each in (text, none, large)] == ["invalid_request"] * 3
+    assert "application/json" in text.json()["detail"]
+    assert "65536 bytes" in large.json()["detail"]
+    assert fine.status_code == 200, fine.text
+
+
+async def test_a_message_counts_as_a_request_of_its_user(
+    kafka: str, database_url: str, unique: str, tmp_path: Path
+) -> None:
+    settings = api_settings(
+        kafka=kafka,
+        database_url=database_url,
+        unique=unique,
+        blobs=tmp_path / "blobs",
+        rate_limit_per_s=0.01,
+        rate_limit_burst=3,
+    )
+    async with running_api(settings) as api:
+        ada, grace = await api.person("ada"), await api.person("grace")
+        answers = [await ada.http.post("/mcp", json=LIST, headers=ACCEPT) for _ in range(3)]
+        refused = await ada.http.post("/mcp", json=LIST, headers=ACCEPT)
+        others = await grace.http.post("/mcp", json=LIST, headers=ACCEPT)
+
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert [answer.headers["RateLimit"].split(";")[1] for answer in answers] == ["r=2", "r=1", "r=0"]
+    assert (refused.status_code, code_of(refused)) == (429, "rate_limited")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert others.status_code == 200
+
+
+async def test_a_user_waits_only_so_often_at_once_and_others_are_not_kept_waiting(api: RunningApi, ada: Person) -> None:
+    grace = await api.person("grace")
+    batch_id = await ada.opens_batch()
+    call = {"name": "wait_for_batch", "arguments": {"batch_id": batch_id, "timeout_s": ENDS_TIMEOUT_S}}
+    message = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": call}
+
+    async def send() -> int:
+        return (await ada.http.post("/mcp", json=message, headers=ACCEPT, timeout=ENDS_TIMEOUT_S)).status_code
+
+    # Given as many waits as one user may have open.
+    waits = [asyncio.create_task(send()) for _ in range(OPEN_PER_USER_MAX)]
+    await until_waited_for(api, batch_id, by=OPEN_PER_USER_MAX)
+
+    # When the user asks for more, and another user for something.
+    refused = await ada.http.post("/mcp", json=LIST, headers=ACCEPT)
+    others = await grace.http.post("/mcp", json=LIST, headers=ACCEPT)
+    await ada.post(f"/v1/batches/{batch_id}/cancel")
+    ended = await asyncio.gather(*waits)
+    again = await ada.http.post("/mcp", json=LIST, headers=ACCEPT)
+
+    # Then only the one too many was refused, and only for as long as they were open.
+    assert (refused.status_code, code_of(refused)) == (429, "rate_limited")
+    assert "Retry-After" in refused.headers
+    assert ended == [200] * OPEN_PER_USER_MAX
+    assert (others.status_code, again.status_code) == (200, 200)
+
+
+async def test_hundreds_who_ask_for_the_tools_keep_nobody_from_writing(api: RunningApi, ada: Person) -> None:
+    grace = await api.person("grace")
+
+    asking = [asyncio.create_task(ada.http.post("/mcp", json=LIST, headers=ACCEPT)) for _ in range(200)]
+    made = [await grace.post("/v1/batches", json={}) for _ in range(20)]
+    answers = await asyncio.gather(*asking)
+
+    assert [answer.status_code for answer in made] == [201] * 20
+    assert {answer.status_code for answer in answers} <= {200, 429}
+
+
+async def until_waited_for(api: RunningApi, batch_id: str, *, by: int = 1) -> None:
+    """Return when somebody waits for this batch in the api; `by`: as many."""
     async with asyncio.timeout(10):
-        while not ((held := api.tail.peek(batch_id)) and held.users):  # noqa: ASYNC110  # it tells facts, not who holds
+        while not ((held := api.tail.peek(batch_id)) and held.users >= by):  # noqa: ASYNC110  # it tells facts, not who holds
             await asyncio.sleep(0.01)

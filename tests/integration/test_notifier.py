@@ -709,8 +709,14 @@ async def append_large_facts(scene: Scene, *, heard_by: Watcher) -> tuple[list[d
 async def test_health_is_told_over_http(scene: Scene) -> None:
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{scene.port}") as client:
         statuses = {path: (await client.get(path)).status_code for path in ("/livez", "/readyz", "/metrics", "/v1/ws")}
+        lost, other = await client.get("/nowhere"), await client.post("/v1/stream")
 
     assert statuses == {"/livez": 200, "/readyz": 200, "/metrics": 200, "/v1/ws": 404}
+    assert [(each.status_code, each.json()["code"]) for each in (lost, other)] == [
+        (404, "not_found"),
+        (405, "method_not_allowed"),
+    ]
+    assert {each.headers["Content-Type"] for each in (lost, other)} == {"application/problem+json"}
 
 
 async def test_sigterm_sends_the_clients_away_with_1012_and_ends_cleanly(quiet: Scene) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from schemas.events import BatchDeleted, UploadQueued
 from schemas.records import NewRecord
-from services.blobs import BlobStore
-from services.blobs.shelf import TRASH
+from services.blobs import LocalBlobs
+from services.blobs.local_shelf import TRASH
 from services.sweeping import Report, Sweeper, SweepRefused
 from tests.lanes import WAIT_S, Lane, a_lane, a_new_id
 
@@ -28,7 +28,7 @@ async def lane(kafka: str, database_url: str, unique: str, tmp_path: Path) -> As
 
 async def swept(lane: Lane, **changes: Any) -> Report:
     steps: list[str] = []
-    async with BlobStore.open(lane.blobs, fsync=False) as store:
+    async with LocalBlobs.open(lane.blobs, fsync=False) as store:
         options: dict[str, Any] = {
             "age_s": DAY_S,
             "trash_s": WEEK_S,

@@ -1,7 +1,7 @@
 """When read models that do not move are a reason to say so."""
 
 from schemas.position import Position
-from services.api.health import Standstill
+from services.standstill import Standstill
 
 
 def at(offset: int) -> Position:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from services.api.ranges import Span, names, wanted
+from services.api.ranges import Span, names, unchanged, wanted
 
 SIZE = 1_000
 WHOLE = Span(0, SIZE, partial=False)
@@ -37,3 +37,11 @@ def test_a_range_is_what_it_says_and_nonsense_asks_for_the_whole(header: str | N
 )
 def test_an_etag_is_named_or_not(header: str | None, expected: bool) -> None:  # noqa: FBT001  # pytest gives it
     assert names(header, '"x"') is expected
+
+
+@pytest.mark.parametrize(
+    ("header", "expected"),
+    [(None, True), ('"x"', True), ('W/"x"', False), ("*", False), ('"a", "x"', False), ('"y"', False), ("", False)],
+)
+def test_a_range_is_given_only_of_exactly_the_same_bytes(header: str | None, expected: bool) -> None:  # noqa: FBT001  # pytest gives it
+    assert unchanged(header, '"x"') is expected

@@ -1,16 +1,17 @@
-"""The blob store: what is kept and what is not, what a file is, and names that lead nowhere else."""
+"""The blob store without a server: when a folder is written, what a URL and a bucket's errors say, what a file is.
 
-import asyncio
-import hashlib
-import threading
+What every store does alike is in tests/contract/test_blob_stores.py.
+"""
+
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from schemas.errors import Code
-from services.blobs import BlobMissing, BlobStore, Incoming, Intake, Room, StorageUnavailable, sniff
+from services.blobs import Incoming, Intake, LocalBlobs, Room, StorageUnavailable, sniff
+from services.blobs.bucket import said
 from services.blobs.intake import FLUSH_BYTES, FLUSH_FILES
+from services.settings import Settings, SettingsError, load
 from tests.examples import OTHER_UPLOAD, UPLOAD
 
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF"
@@ -18,107 +19,26 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "fsync"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[BlobStore]:
-    async with BlobStore.open(tmp_path / "blobs", fsync=request.param) as opened:
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[LocalBlobs]:
+    async with LocalBlobs.open(tmp_path / "blobs", fsync=request.param) as opened:
         yield opened
 
 
-def room(*, file_bytes_max: int = 10_000_000, files: int = 1_000, size_bytes: int = 10**9) -> Room:
-    return Room(file_bytes_max, files, size_bytes)
-
-
-def files_of(store: BlobStore) -> list[str]:
+def files_of(store: LocalBlobs) -> list[str]:
     """The names of all blobs."""
     return sorted(str(path.relative_to(store.folder)) for path in store.folder.rglob("*") if path.is_file())
 
 
-async def take(intake: Intake, *pieces: bytes, upload_id: str = UPLOAD, hash_only: bool = False) -> Incoming:
-    """One whole file, in these pieces."""
-    incoming = intake.begin(upload_id, hash_only=hash_only)
-    for piece in pieces:
-        await intake.write(incoming, piece)
+async def take(intake: Intake, content: bytes, *, upload_id: str) -> Incoming:
+    """One whole file."""
+    incoming = intake.begin(upload_id)
+    await intake.write(incoming, content)
     await intake.end(incoming)
     return incoming
 
 
-async def test_a_file_is_kept_whole_and_hashed(store: BlobStore) -> None:
-    content = JPEG + bytes(range(256)) * 40
-
-    async with Intake(store, room()) as intake:
-        incoming = await take(intake, content[:3], content[3:700], content[700:])
-        await intake.flush()
-        intake.keep()
-
-    assert (incoming.problem, incoming.content_type) == (None, "image/jpeg")
-    assert (incoming.size_bytes, incoming.sha256) == (len(content), hashlib.sha256(content).hexdigest())
-    assert store.path(incoming.blob).read_bytes() == content
-    assert incoming.blob.startswith(f"{UPLOAD}/")
-
-
-async def test_what_nobody_keeps_is_removed_at_the_end(store: BlobStore) -> None:
-    with pytest.raises(ConnectionError):  # noqa: PT012  # the error must come out of the block
-        async with Intake(store, room()) as intake:
-            await take(intake, JPEG)
-            half = intake.begin(OTHER_UPLOAD)
-            await intake.write(half, PNG + bytes(2 * FLUSH_BYTES))
-            assert len(files_of(store)) == 2
-            raise ConnectionError
-
-    assert list(store.folder.iterdir()) == []
-
-
-async def test_what_is_dropped_after_it_was_kept_is_removed(store: BlobStore) -> None:
-    async with Intake(store, room()) as intake:
-        first, second = await take(intake, JPEG), await take(intake, PNG, upload_id=OTHER_UPLOAD)
-        await intake.flush()
-        intake.keep()
-        await intake.drop([second])
-
-    assert files_of(store) == [first.blob]
-
-
-async def test_refused_files_are_hashed_to_their_end_and_not_kept(store: BlobStore) -> None:
-    empty, text = (), (b"only text", b" and more")
-    large = (JPEG, bytes(2_000))
-
-    async with Intake(store, room(file_bytes_max=2_000)) as intake:
-        files = [await take(intake, *pieces) for pieces in (empty, text, large)]
-        await intake.flush()
-        intake.keep()
-
-    assert [file.problem for file in files] == [Code.EMPTY_FILE, Code.UNSUPPORTED_MEDIA_TYPE, Code.FILE_TOO_LARGE]
-    assert [file.sha256 for file in files] == [
-        hashlib.sha256(b"".join(pieces)).hexdigest() for pieces in (empty, text, large)
-    ]
-    assert list(store.folder.iterdir()) == []
-
-
-async def test_files_fill_the_room_there_is(store: BlobStore) -> None:
-    async with Intake(store, room(files=2, size_bytes=1_000)) as intake:
-        files = [
-            await take(intake, JPEG.ljust(size, b"x"), upload_id=upload_id)
-            for size, upload_id in ((600, UPLOAD), (500, OTHER_UPLOAD), (400, OTHER_UPLOAD), (100, OTHER_UPLOAD))
-        ]
-        await intake.flush()
-        intake.keep()
-
-    assert [file.problem for file in files] == [None, Code.BATCH_TOO_LARGE, None, Code.TOO_MANY_FILES]
-    assert files_of(store) == sorted([files[0].blob, files[2].blob])
-
-
-async def test_bytes_that_are_here_already_are_only_hashed(store: BlobStore) -> None:
-    async with Intake(store, room(files=0)) as intake:
-        incoming = await take(intake, JPEG, hash_only=True)
-        await intake.flush()
-        intake.keep()
-
-    assert (incoming.problem, incoming.kept) == (None, False)
-    assert incoming.sha256 == hashlib.sha256(JPEG).hexdigest()
-    assert files_of(store) == []
-
-
-async def test_bytes_are_written_once_a_mebibyte_or_64_files_wait(store: BlobStore) -> None:
-    async with Intake(store, room()) as intake:
+async def test_bytes_are_written_once_a_mebibyte_or_64_files_wait(store: LocalBlobs) -> None:
+    async with Intake(store, Room(10_000_000, 1_000, 10**9)) as intake:
         large = intake.begin(UPLOAD)
         await intake.write(large, JPEG + bytes(FLUSH_BYTES - len(JPEG) - 1))
         before = files_of(store)
@@ -134,88 +54,94 @@ async def test_bytes_are_written_once_a_mebibyte_or_64_files_wait(store: BlobSto
     assert (small_before, small_after) == (1, 1 + FLUSH_FILES)
 
 
-async def test_a_cancelled_write_is_over_before_its_file_is_removed(store: BlobStore) -> None:
-    writing, go_on, done = threading.Event(), threading.Event(), []
-
-    def slow_work() -> None:
-        writing.set()
-        go_on.wait(5)
-        done.append("written")
-
-    task = asyncio.create_task(store.run(slow_work))
-    await asyncio.to_thread(writing.wait, 5)
-    task.cancel()
-    await asyncio.sleep(0)
-    go_on.set()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-
-    assert done == ["written"]
-
-
-async def test_a_blob_is_read_in_any_span(store: BlobStore) -> None:
-    content = JPEG + bytes(range(256)) * 4_000
-    async with Intake(store, room()) as intake:
-        incoming = await take(intake, content)
-        await intake.flush()
-        intake.keep()
-
-    async with store.reading(incoming.blob) as blob:
-        whole = b"".join([chunk async for chunk in blob.chunks(0, blob.size_bytes)])
-        middle = b"".join([chunk async for chunk in blob.chunks(1_000, 700_000)])
-
-    assert (whole, middle) == (content, content[1_000:700_000])
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["", "a", "../etc/passwd", f"{UPLOAD}/../x", f"{UPLOAD}/", f"{UPLOAD}/a/b", f"/{UPLOAD}/a", f"{UPLOAD}/a\n", "a/b"],
-)
-async def test_a_name_that_leads_elsewhere_is_no_name(store: BlobStore, name: str) -> None:
-    with pytest.raises(BlobMissing):
-        store.path(name)
-
-
-async def test_a_blob_that_is_gone_is_missing(store: BlobStore) -> None:
-    with pytest.raises(BlobMissing, match="is not in the blob store"):
-        async with store.reading(f"{UPLOAD}/gone"):
-            pass
-
-
-async def test_the_thumbnail_of_the_newest_epoch_counts(store: BlobStore, tmp_path: Path) -> None:
-    for epoch, attempt in ((3, 1), (12, 1), (20, 2)):
-        made = tmp_path / "made.jpg"
-        made.write_bytes(f"{epoch} {attempt}".encode())
-        await store.put_file(made, UPLOAD, epoch=epoch, attempt=attempt)
-
-    name = await store.thumbnail(UPLOAD, attempt=1)
-
-    assert name == f"{UPLOAD}/thumb-12-1"
-    assert store.path(name).read_bytes() == b"12 1"
-    with pytest.raises(BlobMissing):
-        await store.thumbnail(UPLOAD, attempt=3)
-    with pytest.raises(BlobMissing):
-        await store.thumbnail(OTHER_UPLOAD, attempt=1)
-
-
-async def test_removing_twice_is_removing_once(store: BlobStore, tmp_path: Path) -> None:
-    made = tmp_path / "made.jpg"
-    made.write_bytes(JPEG)
-    name = await store.put_file(made, UPLOAD, epoch=1, attempt=1)
-
-    await store.delete([name])
-    await store.delete([name])
-    await store.delete_upload(UPLOAD)
-
-    assert list(store.folder.iterdir()) == []
-
-
 async def test_a_folder_that_cannot_be_used_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
     with pytest.raises(StorageUnavailable, match="cannot be used"):
-        async with BlobStore.open(tmp_path / "file" / "blobs", fsync=False):
+        async with LocalBlobs.open(tmp_path / "file" / "blobs", fsync=False):
             pass
+
+
+@pytest.mark.parametrize(
+    ("url", "bucket"),
+    [
+        ("s3://pictures", ("pictures", "")),
+        ("s3://pictures/", ("pictures", "")),
+        ("s3://my.pictures-1/sluice", ("my.pictures-1", "sluice")),
+        ("s3://pictures/one/two_2/", ("pictures", "one/two_2")),
+        ("file:///var/lib/sl@ice", None),
+    ],
+)
+def test_a_blob_url_names_a_bucket_and_a_prefix_or_a_folder(url: str, bucket: tuple[str, str] | None) -> None:
+    assert Settings(blob_url=url).blob_bucket == bucket
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://",
+        "s3://ab",
+        "s3://Pictures/x",
+        "s3://pictures//x",
+        "s3://pictures/../x",
+        "s3://pictures/.",
+        "s3://pictures/a b",
+        "s3://pictures/x?versionId=1",
+        "gs://pictures/x",
+        "file://x",
+        "/var/lib/sluice",
+    ],
+)
+def test_a_blob_url_that_cannot_be_meant_stops_the_start_with_one_line(url: str) -> None:
+    with pytest.raises(SettingsError, match=r"SLUICE_BLOB_URL=.* is not of the form") as refused:
+        load(blob_url=url)
+
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_credentials_in_a_blob_url_are_refused_and_not_repeated() -> None:
+    with pytest.raises(SettingsError, match="AWS_SECRET_ACCESS_KEY") as refused:
+        load(blob_url="s3://someone:hidden@pictures/x")
+
+    assert "hidden" not in str(refused.value)
+
+
+def test_an_endpoint_that_is_no_address_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "localhost:9000")
+
+    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL is not of the form http"):
+        load(blob_url="s3://pictures")
+    assert load(blob_url="file:///pictures").blob_bucket is None
+
+
+ASKED = "Generic S3 error: Error performing PUT"
+HIDDEN = "<Message>hidden</Message><AWSAccessKeyId>hidden</AWSAccessKeyId>"
+REFUSED = f"{ASKED} http://s3:9000/b/x in 12ms - Server returned non-2xx status code: 403 Forbidden: <Error>{HIDDEN}"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            f"{REFUSED}<Code>SignatureDoesNotMatch</Code></Error>",
+            "s3://b at http://s3:9000 refuses (403 Forbidden SignatureDoesNotMatch): check AWS_SECRET_ACCESS_KEY",
+        ),
+        (
+            f"{REFUSED}<Code>NewCode</Code></Error>",
+            "s3://b at http://s3:9000 refuses (403 Forbidden NewCode): see its own log",
+        ),
+        (
+            f"{ASKED} http://s3:1/b/x in 1ms - HTTP error: timed out\n\nMore",
+            "s3://b at http://s3:1 cannot be reached (HTTP error: timed out): check AWS_ENDPOINT_URL, and that it runs",
+        ),
+        (
+            f"{ASKED} http://169.254.169.254/latest/api/token in 3s - HTTP error: timed out",
+            "there are no credentials for s3://b: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        ),
+    ],
+)
+def test_a_refusal_is_a_sentence_that_repeats_nothing_secret(error: str, sentence: str) -> None:
+    assert said("s3://b", OSError(error)) == sentence
 
 
 def ftyp(major: str, *compatible: str) -> bytes:

@@ -147,6 +147,21 @@ async def test_files_that_are_refused_are_kept_as_rejected_and_the_batch_is_seal
     assert [expected] == sent.rejected
 
 
+async def test_where_no_file_is_taken_no_batch_is_left(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"bad")
+    server = Server(
+        lambda request: (
+            httpx.Response(204) if request.method == "DELETE" else refused(415, "unsupported_media_type")(request)
+        )
+    )
+
+    async with server.api() as api:
+        sent = await send(api, BATCH, [tmp_path / "bad.txt"])
+
+    assert (server.asked[-1].method, server.asked[-1].url.path) == ("DELETE", f"/v1/batches/{BATCH['id']}")
+    assert (sent.batch, sent.accepted, len(sent.rejected)) == (None, [], 1)
+
+
 async def test_a_name_that_occurs_twice_goes_by_post_the_second_time(tmp_path: Path) -> None:
     files = [tmp_path / folder / "same.jpg" for folder in ("one", "two")]
     for file in files:

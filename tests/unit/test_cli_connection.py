@@ -86,6 +86,11 @@ def test_the_secret_of_the_environment_wins(running: Path, monkeypatch: pytest.M
     assert jwt.decode(token, secret, algorithms=["HS256"])["scope"] == "read write"
 
 
+def test_a_scope_that_means_nothing_is_wrong_use(running: Path) -> None:
+    with pytest.raises(WrongUse, match="--scope 'admin' means nothing here: there are read and write"):
+        connection.make_token(user="ada", data_dir=running, scopes=("read", "admin"))
+
+
 def test_broken_endpoints_are_as_good_as_none(tmp_path: Path) -> None:
     connection.endpoints_file(tmp_path).write_text("{")
 
@@ -120,6 +125,7 @@ def test_the_demo_takes_another_port_where_a_default_is_taken(tmp_path: Path, mo
 
 def test_servers_that_are_named_are_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLUICE_DATABASE_URL", "postgresql://elsewhere/sluice")
+    monkeypatch.setenv("SLUICE_PROCESSOR_PORT", "0")
 
     plan = up.plan(data_dir=tmp_path, api_port=0, notifier_port=0)
 

@@ -103,6 +103,33 @@ def lying(*names: str) -> list[Lying]:
 
 
 @pytest.mark.parametrize(
+    ("wanted", "start", "newest", "begins_with"),
+    [
+        (Filter(), None, None, 10),
+        (Filter(), None, 0, 0),
+        (Filter(), "start", None, 10),
+        (Filter(type="uploadqueued"), None, 3, 3),
+        (Filter(type="sluice.LaneClaimed.v1"), None, 3, 3),
+    ],
+)
+def test_it_begins_with_as_many_of_the_newest_as_are_asked_for(
+    wanted: Filter, start: str | None, newest: int | None, begins_with: int
+) -> None:
+    assert log_tail.checked(wanted, start=start, newest=newest) == begins_with
+
+
+def test_a_type_of_facts_that_there_is_not_is_wrong_use_and_those_there_are_are_named() -> None:
+    with pytest.raises(WrongUse, match=r"--type 'Nope': .* BatchCreated, .*UploadFailed"):
+        log_tail.checked(Filter(type="Nope"), start=None, newest=None)
+
+
+@pytest.mark.parametrize("newest", [0, 5])
+def test_two_beginnings_at_once_are_wrong_use(newest: int) -> None:
+    with pytest.raises(WrongUse, match="--from and --newest"):
+        log_tail.checked(Filter(), start="start", newest=newest)
+
+
+@pytest.mark.parametrize(
     ("row", "there", "expected"),
     [
         (None, ("a", "thumb-1-1"), ("a", "thumb-1-1")),

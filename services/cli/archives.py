@@ -1,0 +1,202 @@
+"""`sluice log export` and `sluice log import`: which Kafka is meant, how far it is, and what was done at the end.
+
+Where nothing runs in --data-dir and no setting names a Kafka, the one of that folder is started for as long as it
+takes: so an export needs no running Sluice, and an import can fill a folder that `sluice up` then starts on. The doing
+itself is in services/archive.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import typer
+
+from services.archive.exporting import Exporter, OnProgress, Progress
+from services.archive.importing import Imported, Importer
+from services.archive.manifest import ArchiveRefused, Manifest
+from services.archive.places import Place, PlaceUnavailable, place_of
+from services.archive.selecting import Erasure, Selection, Slice, Whole
+from services.cli import up
+from services.cli.connection import read_endpoints
+from services.cli.display import clean, console_of, print_json, size
+from services.cli.errors import EXIT_INTERRUPTED, CliError, WrongUse
+from services.cli.operating import opened_log, operator_settings
+from services.embedded import EmbeddedKafka
+from services.embedded.folders import lock_folder, make_folder
+from services.settings import Settings, load
+
+LINE_PAUSE_S = 5.0
+STATUS_PAUSE_S = 0.2
+
+
+def export_log(data_dir: Path, dest: str, *, batch: str | None, erase: str | None, as_json: bool) -> None:
+    """Export the log, or what is wanted of it, and tell what is there now."""
+    place, data_dir = _place(dest), data_dir.absolute()
+    if batch is not None and erase is not None:
+        raise WrongUse("--batch and --erase are two different exports: give one of them.")
+    done: list[Manifest] = []
+
+    async def story() -> None:
+        with _told(), _shown_progress() as on_progress:
+            selection: Selection = (
+                Slice(batch) if batch is not None else Erasure(erase) if erase is not None else Whole()
+            )
+            async with _kafka_of(data_dir, make=False) as settings, opened_log(settings) as log:
+                done.append(await Exporter(log, place, selection, on_progress).run())
+
+    asyncio.run(up.until_signal(story()))
+    _require_done(done)
+    manifest = done[0]
+    if as_json:
+        print_json(
+            {
+                "place": str(place),
+                "log_id": manifest.log_id,
+                "kind": manifest.kind,
+                "ends": {str(partition): end for partition, end in manifest.ends.items()},
+                "segments": len(manifest.segments),
+                "size_bytes": manifest.size_bytes,
+            }
+        )
+        return
+    console_of().print(
+        f"{manifest.records} records of the log {manifest.log_id} in {place}: {len(manifest.segments)} segments, "
+        f"{size(manifest.size_bytes)}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def import_log(data_dir: Path, source: str, *, as_json: bool) -> None:
+    """Import an archive and tell which log there is now."""
+    place, data_dir = _place(source), data_dir.absolute()
+    done: list[Imported] = []
+
+    async def story() -> None:
+        with _told(), _shown_progress() as on_progress:
+            async with _kafka_of(data_dir, make=True) as settings, opened_log(settings) as log:
+                importer = Importer(
+                    log,
+                    place,
+                    on_progress,
+                    replication_factor=settings.replication_factor,
+                    fsync=settings.fsync,
+                )
+                done.append(await importer.run())
+
+    asyncio.run(up.until_signal(story()))
+    _require_done(done)
+    imported = done[0]
+    if as_json:
+        print_json(dataclasses.asdict(imported))
+        return
+    lines = [
+        f"The log {imported.log_id} has the {imported.records} records of {imported.previous_log_id}"
+        + (f", {imported.written} of them written now." if imported.written else "; nothing was missing."),
+        "Positions of that log are good here too. Start the services on an empty database, and they rebuild all.",
+    ]
+    if imported.partitions > 1:
+        lines.append(f"It has {imported.partitions} partitions: start with SLUICE_PARTITIONS={imported.partitions}.")
+    for line in lines:
+        console_of().print(line, markup=False, soft_wrap=True)
+
+
+@contextlib.asynccontextmanager
+async def _kafka_of(data_dir: Path, *, make: bool) -> AsyncIterator[Settings]:
+    """The settings of the Kafka that is meant, which answers as long as the block lasts. `make`: a folder without one
+    gets one."""
+    named = "kafka_bootstrap_servers" in load().model_fields_set or "kafka" in read_endpoints(data_dir)
+    if named or not (make or (data_dir / EmbeddedKafka.name).is_dir()):
+        yield operator_settings(data_dir=data_dir, needs=("kafka_bootstrap_servers",))
+        return
+    make_folder(data_dir, purpose="where Sluice keeps its data on this machine")
+    lock = await lock_folder(data_dir)
+    try:
+        note = console_of(stderr=True)
+        async with EmbeddedKafka(data_dir=data_dir, log=lambda line: note.print(clean(line), markup=False)) as kafka:
+            yield load(kafka_bootstrap_servers=kafka.bootstrap_servers)
+    finally:
+        lock.release()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What an archive refuses, as a person is told."""
+    try:
+        yield
+    except (ArchiveRefused, PlaceUnavailable) as error:
+        text = str(error)
+        raise CliError(f"{text[:1].upper()}{text[1:]}.") from error
+
+
+def _selection(batch: str | None, erase: str | None) -> Selection:
+    if batch is not None:
+        return Slice(batch)
+    return Erasure(erase) if erase is not None else Whole()
+
+
+def _place(text: str) -> Place:
+    try:
+        return place_of(text)
+    except ValueError as error:
+        raise WrongUse(f"{error}.") from error
+
+
+def _require_done(done: list[Manifest] | list[Imported]) -> None:
+    if not done:
+        console_of(stderr=True).print("Interrupted: run the same command again, it goes on where it was.")
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+@dataclass(slots=True)
+class Pace:
+    """How fast a step goes: counted from its first news, so that what was there before does not count."""
+
+    clock: Callable[[], float] = time.monotonic
+    _step: str = ""
+    _began_s: float = 0.0
+    _begin: int = 0
+    _said_s: float = field(default=float("-inf"))
+
+    def line(self, progress: Progress, *, pause_s: float) -> str | None:
+        """What there is to tell, at most once in `pause_s`: how far, how fast, how long it will take."""
+        now_s = self.clock()
+        if progress.step != self._step:
+            self._step, self._began_s, self._begin, self._said_s = progress.step, now_s, progress.done, float("-inf")
+        if now_s - self._said_s < pause_s:
+            return None
+        self._said_s = now_s
+        rate = (progress.done - self._begin) / (now_s - self._began_s) if now_s > self._began_s else 0.0
+        left = f", {(progress.of - progress.done) / rate:.0f} s left" if rate else ""
+        speed = f", {_amount(int(rate), progress.unit)}/s" if rate else ""
+        done = size(progress.done) if progress.unit == "bytes" else f"{progress.done:,}"
+        return f"{progress.step}: {done} of {_amount(progress.of, progress.unit)}{speed}{left}"
+
+
+def _amount(number: int, unit: str) -> str:
+    return size(number) if unit == "bytes" else f"{number:,} {unit}"
+
+
+@contextlib.contextmanager
+def _shown_progress() -> Iterator[OnProgress]:
+    """What to call with news: a line that changes on a terminal, elsewhere one each few seconds."""
+    console, pace = console_of(stderr=True), Pace()
+    if not console.is_terminal:
+
+        def say(progress: Progress) -> None:
+            if line := pace.line(progress, pause_s=LINE_PAUSE_S):
+                console.print(line, markup=False)
+
+        yield say
+        return
+    with console.status("") as status:
+
+        def show(progress: Progress) -> None:
+            if line := pace.line(progress, pause_s=STATUS_PAUSE_S):
+                status.update(line)
+
+        yield show

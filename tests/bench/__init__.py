@@ -1,0 +1,1 @@
+"""Measuring how fast Sluice is; see `__main__.py`."""

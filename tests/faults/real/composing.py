@@ -1,0 +1,179 @@
+"""Faults composed at random: an act is a scene in which whatever can break does, several times, while clients work.
+
+Two of each service that may be doubled; Postgres is reached through a proxy. Some acts leave the processes alive, so
+that it can be seen whether they grow.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import signal
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from services.faults import POINTS
+from tests.faults.real.poisons import poisons
+from tests.faults.real.proxy import Proxy
+from tests.faults.real.scene import Places, Scene, a_scene
+from tests.faults.real.servers import Breakable
+
+NAMES = ("api-1", "api-2", "notifier-1", "processor-1", "processor-2")
+STRIKE_TIMEOUT_S = 12.0
+Say = Callable[[str], None]
+Fault = Callable[[], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What acts are played on."""
+
+    kafka: Breakable
+    postgres: Breakable
+    folder: Path
+    say: Say
+
+
+async def act(stage: Stage, *, seed: int, lasts_s: float) -> tuple[list[str], Path]:
+    """Play one act; what did not hold, and where its files are."""
+    chance = random.Random(seed)
+    name = f"act{seed}{uuid.uuid4().hex[:6]}"
+    folder = stage.folder / name
+    folder.mkdir()
+    deadly = chance.random() < 0.7
+    async with contextlib.AsyncExitStack() as stack:
+        where = urlsplit(await _new_database(stage.postgres.server.url, name))
+        proxy = await stack.enter_async_context(Proxy(target_port=stage.postgres.server.port).carrying())
+        through = where._replace(netloc=where.netloc.replace(f":{where.port}", f":{proxy.port}")).geturl()
+        places = Places(
+            kafka=stage.kafka.server.bootstrap_servers,
+            database_url=where.geturl(),
+            folder=folder,
+            unique=name,
+            services_database_url=through,
+        )
+        scene = await stack.enter_async_context(a_scene(places, seed=seed, pause_s=chance.uniform(1, 7)))
+        for server in (stage.kafka, stage.postgres):
+            server.on_strike = scene.strike
+            server.away.clear()
+        proxy.on_cut = scene.strike
+        await scene.start(*NAMES)
+        await scene.join()
+        stage.say(f"act {seed}: {'anything may die' if deadly else 'the processes live'}")
+        company = _Company(scene, stage, proxy, chance, deadly=deadly)
+        async with scene.looking():
+            await company.play(until_s=time.monotonic() + lasts_s)
+            await scene.settle()
+        scene.evidence.away.extend([*stage.kafka.away, *stage.postgres.away])
+        return await scene.reckoning(), folder
+
+
+@dataclass(slots=True)
+class _Company:
+    """Those who break things in a scene."""
+
+    scene: Scene
+    stage: Stage
+    proxy: Proxy
+    chance: random.Random
+    deadly: bool
+
+    async def play(self, *, until_s: float) -> None:
+        """Rounds of faults, each followed by a look at whether the read models come even again, and who grew."""
+        while time.monotonic() < until_s:
+            async with self.scene.lively(pause_s=0.2):
+                faults = self.chance.choices(self._faults(), k=self.chance.randint(2, 5))
+                together = self.chance.random() < 0.3
+                await _all(faults, together=together)
+                await self.scene.even()
+            await self.scene.settle()
+            await self.scene.note_usage()
+            recent = ", ".join(dict.fromkeys(self.scene.struck[-6:]))
+            self.stage.say(f"  {len(self.scene.journal.operations)} requests; last faults: {recent}")
+
+    def _faults(self) -> list[Fault]:
+        sparing: list[Fault] = [
+            self._stop_somebody,
+            self._pause_a_server,
+            self._cut,
+            self._cut_at_commits,
+            self._poison,
+        ]
+        deadly: list[Fault] = [self._strike_at_a_point] * 6 + [self._signal_somebody] * 2 + [self._break_a_server]
+        return [*sparing, *(deadly if self.deadly else [])]
+
+    async def _strike_at_a_point(self) -> None:
+        """A service is begun anew with a fault armed; where its point is not reached in time, nothing happened."""
+        name = self.chance.choice(NAMES)
+        service = self.scene.services[name]
+        point = self.chance.choice([each for each in POINTS if each.startswith(f"{service.kind}.")])
+        action = self.chance.choice(("kill", "kill", "stop", "term", "error"))
+        struck = len(service.struck)
+        service.arm([f"{point}:{action}:{self.chance.choice((1, 1, 2, 5, 20))}"])
+        service.send(signal.SIGTERM)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(service.until_struck(struck + 1), STRIKE_TIMEOUT_S)
+
+    async def _signal_somebody(self) -> None:
+        name = self.chance.choice(NAMES)
+        number = self.chance.choice((signal.SIGKILL, signal.SIGTERM))
+        service = self.scene.services[name]
+        service.send(number)
+        self.scene.strike(f"{service.kind}: {number.name} at any instruction")
+
+    async def _stop_somebody(self) -> None:
+        service = self.scene.services[self.chance.choice(NAMES)]
+        await service.pause(self.chance.uniform(0.5, 8))
+        self.scene.strike(f"{service.kind}: SIGSTOP at any instruction")
+
+    async def _pause_a_server(self) -> None:
+        await self._server().pause(self.chance.uniform(0.5, 12))
+
+    async def _break_a_server(self) -> None:
+        server = self._server()
+        broken = self.chance.choice((server.kill, server.restart))
+        await broken(away_s=self.chance.choice((0, 0, 3)))
+
+    def _server(self) -> Breakable:
+        return self.chance.choice((self.stage.kafka, self.stage.postgres))
+
+    async def _cut(self) -> None:
+        self.proxy.cut_all()
+        self.scene.strike("postgres: all connections cut")
+
+    async def _cut_at_commits(self) -> None:
+        for _ in range(self.chance.randint(1, 4)):
+            self.proxy.cuts.append(self.chance.choice(("before the commit", "after the commit")))
+
+    async def _poison(self) -> None:
+        what, record = self.chance.choice(list(poisons().items()))
+        writer = self.scene.log.writer()
+        try:
+            await writer.append(0, [record], timeout_s=20)
+        finally:
+            await writer.close()
+        self.scene.strike(f"log: {what}")
+
+
+async def _all(faults: Sequence[Fault], *, together: bool) -> None:
+    if together and len(set(faults)) == len(faults):
+        await asyncio.gather(*(fault() for fault in faults))
+        return
+    for fault in faults:
+        await fault()
+
+
+async def _new_database(url: str, name: str) -> str:
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute(f"CREATE DATABASE {name}")
+    finally:
+        await connection.close()
+    return urlsplit(url)._replace(path=f"/{name}").geturl()

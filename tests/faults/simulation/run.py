@@ -1,0 +1,284 @@
+"""One run, from a seed to its violations; and many, with a crash at each point.
+
+While a run lasts, the clocks, the chance and a few names of the product stand for simulated ones (`ground`); nothing
+else of it is replaced. After the story everything is healed, and the run goes on until nothing is left to do.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import random
+import secrets
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import structlog
+
+from schemas.batch import Lane
+from schemas.events import Envelope, LogCreated, encode
+from schemas.ids import new_id
+from services import tail as tail_module
+from services.api import queries
+from services.api import reading as reading_module
+from services.eventlog import LogIdentity
+from services.processor import main as processor_main
+from services.processor import projection as projection_module
+from services.processor.projection import Projection
+from tests.fakes_rows import MemoryRows, Tables
+from tests.faults.simulation.checks import Evidence, Folding, fold_one, violations
+from tests.faults.simulation.clients import History
+from tests.faults.simulation.loop import Stuck
+from tests.faults.simulation.ports import SimulatedLock, SimulatedPresence, SimulatedRows
+from tests.faults.simulation.processes import Process, Stream, api, processor, watcher
+from tests.faults.simulation.scenarios import SCENARIOS, Scene
+from tests.faults.simulation.world import AtRandom, CrashAt, Plan, World
+
+STORY_S_MAX = 400.0
+REST_S_MAX = 120.0
+REST_LOOK_S = 0.25
+IDLE_POLL_MS = 1_500
+"""An idle reader asks less often than in earnest: in no time nothing is missed by it, and runs are shorter."""
+
+
+@dataclass
+class Result:
+    """What became of a run. `command` runs it again."""
+
+    scenario: str
+    seed: str
+    violations: list[str]
+    points: int
+    crashes: list[tuple[str, str]]
+    failures: int
+    records: int
+    seconds: float
+    steps: int
+    fingerprint: str
+    trace: list[tuple[float, str, str, str]] = field(repr=False, default_factory=list)
+    replayed_with: str = ""
+
+    @property
+    def command(self) -> str:
+        chosen = f"--scenario {self.scenario} --seed {self.seed}{self.replayed_with}"
+        return f"python -m tests.faults.simulation {chosen} --trace"
+
+
+def simulate(scenario: str, *, seed: str, plan: Plan) -> Result:
+    """Tell one story under one plan."""
+    folder = Path(tempfile.mkdtemp(prefix="sluice-simulated-", dir=_memory()))
+    world = World(seed=f"{scenario}/{seed}", plan=plan, folder=folder)
+    with ground(world):
+        try:
+            found = world.loop.run(_run(world, scenario))
+        except Stuck as stuck:
+            found = [str(stuck)]
+        finally:
+            trace = list(world.trace)
+            shown = [*world.violations, *world.loop.complaints]
+            world.loop.dispose()
+            shutil.rmtree(folder, ignore_errors=True)
+    return Result(
+        scenario=scenario,
+        seed=seed,
+        violations=[*shown, *found],
+        points=world.points,
+        crashes=world.crashes,
+        failures=world.failures,
+        records=world.broker.end,
+        seconds=world.loop.now_s - 1_000,
+        steps=world.loop.steps,
+        fingerprint=_fingerprint(trace),
+        trace=trace,
+    )
+
+
+def _fingerprint(trace: list[tuple[float, str, str, str]]) -> str:
+    """The same for the same run."""
+    return hashlib.sha256(repr(trace).encode()).hexdigest()
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
+@contextlib.contextmanager
+def ground(world: World) -> Iterator[None]:
+    """What is replaced while the simulation runs: clocks, chance, the lane's lock and rows, the api's queries."""
+    replaced: list[Any] = [
+        mock.patch.object(time, "monotonic", world.loop.time),
+        mock.patch.object(time, "time", world.time),
+        mock.patch.object(time, "time_ns", world.time_ns),
+        mock.patch.object(os, "urandom", world.random_bytes),
+        mock.patch.object(secrets, "token_urlsafe", world.token),
+        mock.patch.object(processor_main, "Rows", SimulatedRows),
+        mock.patch.object(processor_main, "LaneLock", SimulatedLock),
+        mock.patch.object(processor_main, "Presence", SimulatedPresence),
+        mock.patch.object(processor_main, "READ_TIMEOUT_MS", IDLE_POLL_MS),
+        mock.patch.object(projection_module, "CACHED_ROWS_MAX", world.choices.choice((0, 3, 50_000))),
+        mock.patch.object(tail_module, "READ_TIMEOUT_MS", IDLE_POLL_MS),
+        mock.patch.object(reading_module, "queries", _QUERIES),
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # what is said of those who were killed in the middle of something
+        stack.enter_context(_silent())
+        for each in replaced:
+            stack.enter_context(each)
+        yield
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """The processes' log lines would be millions."""
+    before = structlog.get_config()
+    structlog.configure(processors=[_drop], cache_logger_on_first_use=False)
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
+
+
+def _drop(_logger: object, _name: str, _event: object) -> Any:
+    raise structlog.DropEvent
+
+
+_QUERIES = SimpleNamespace(
+    batch_of=lambda database, batch_id, user_id: database.batch_of(batch_id, user_id=user_id),
+    upload_of=lambda database, upload_id, user_id: database.upload_of(upload_id, user_id=user_id),
+    uploads_of=lambda database, batch_id, page: database.uploads_of(batch_id, page=page),
+    uploads_among=queries.uploads_among,
+)
+
+
+async def _run(world: World, name: str) -> list[str]:
+    _begin_log(world)
+    scenario = SCENARIOS[name]
+    history, watched = History(), []
+    streams: list[Stream] = []
+    replicas = [Process(world, f"api-{number}", api) for number in (1, 2)]
+    processors = [Process(world, f"processor-{number + 1}", processor) for number in range(scenario.processors)]
+    processes = [*replicas, *processors, Process(world, "watcher", watcher(watched, streams))]
+    for process in processes:
+        process.start()
+    scene = Scene(world, history, replicas, processors, watched)
+    await asyncio.sleep(0.5)
+    try:
+        async with asyncio.timeout(STORY_S_MAX):
+            await scenario.story(scene)
+    except TimeoutError:
+        world.violations.append(f"the story took more than {STORY_S_MAX:.0f} s")
+    world.tell("healed")
+    world.healed = True
+    settled = await _rest(world)
+    for batch_id in watched:
+        for user_id in sorted({wish.sent.user_id for wish in history.wishes}):
+            await scene.client(user_id).read(f"/v1/batches/{batch_id}")
+    settled = settled and await _rest(world)
+    return violations(
+        Evidence(
+            records=world.broker.records,
+            tables=world.tables,
+            refolded=[await _refold(world)],
+            wishes=history.wishes,
+            reads=history.reads,
+            streams=streams,
+            blobs=lambda blob: (world.folder / blob).is_file(),
+            settled=settled,
+            undisturbed=_undisturbed(world, processors),
+            heard_all=lambda stream: not stream.node.dead,
+        )
+    )
+
+
+def _undisturbed(world: World, processors: Sequence[Process]) -> bool:
+    """Whether no attempt can have crashed: no processor was killed or paused, or lost its lane to another one."""
+    if world.paused or any(name == each.name for name, _ in world.crashes for each in processors):
+        return False
+    return len(processors) == 1 or world.failures == 0
+
+
+def _begin_log(world: World) -> None:
+    world.identity = LogIdentity(new_id(now_ms=world.now_ms(), random=world.random_bytes(9)), {})
+    said = Envelope(id=new_id(now_ms=world.now_ms(), random=world.random_bytes(9)), source="test", time="")
+    world.broker.land([encode(LogCreated(log_id=world.log_id), said)], world.now_ms())
+
+
+async def _rest(world: World) -> bool:
+    """Whether it came to rest: what was sealed ended, the rows are at the log's end, and nothing is added any more."""
+    folding, end, since_s = Folding(), 0, world.loop.now_s
+    deadline_s = world.loop.now_s + REST_S_MAX
+    while world.loop.now_s < deadline_s:
+        await asyncio.sleep(REST_LOOK_S)
+        records = world.broker.records
+        for record in records[folding.lane.next_offset :]:
+            fold_one(folding, record)
+        position = world.tables.lanes.get(0, Lane(0)).next_offset
+        if len(records) != end or position != end:
+            end, since_s = len(records), world.loop.now_s
+        busy = any(batch.sealed and not batch.ended and not batch.deleted for batch, _ in folding.batches())
+        busy = busy or any(
+            upload.status in ("queued", "processing")
+            for batch, uploads in folding.batches()
+            for upload in uploads.values()
+            if not batch.deleted
+        )
+        busy = busy or any(node.paused for node in world.on_death)
+        if not busy and world.loop.now_s - since_s > 1.0 and world.tables.lanes:
+            return True
+    return False
+
+
+async def _refold(world: World) -> Tables:
+    """The rows as a replay from zero makes them, by polls of other sizes."""
+    tables = Tables()
+    projection = await Projection.open(MemoryRows(tables), partition=0, log_id=world.log_id)
+    polls = random.Random(f"{world.seed}/refold")
+    records = list(world.broker.records)
+    while records:
+        some = polls.choice((1, 2, 7, len(records)))
+        await projection.fold(records[:some])
+        del records[:some]
+        if polls.random() < 0.7:
+            await projection.flush()
+    await projection.flush()
+    return tables
+
+
+# Many runs
+
+
+def crash_at(scenario: str, *, seed: str, points: Iterable[int]) -> Result:
+    """A story in which the processes that come by these points, counted from 1, die there."""
+    chosen = sorted(points)
+    found = simulate(scenario, seed=seed, plan=CrashAt(frozenset(chosen)))
+    return replace(found, replayed_with=f" --crash {','.join(map(str, chosen))}")
+
+
+def at_random(scenario: str, *, seed: str) -> Result:
+    """A story in which everything breaks sometimes."""
+    return simulate(scenario, seed=seed, plan=AtRandom(f"{scenario}/{seed}"))
+
+
+def every_crash(scenario: str, *, seed: str, stride: int = 1) -> Iterator[Result]:
+    """A story once for each point (or each so-many-th), with a crash there; first, as it is where nothing breaks."""
+    yield (quiet := crash_at(scenario, seed=seed, points=[0]))
+    for point in range(1, quiet.points + 1, stride):
+        yield crash_at(scenario, seed=seed, points=[point])
+
+
+def pairs_of_crashes(scenario: str, *, seed: str, pairs: int) -> Iterator[Result]:
+    """A story with crashes at two points the seed chooses, so many times; first, as it is where nothing breaks."""
+    yield (quiet := crash_at(scenario, seed=seed, points=[0]))
+    choices = random.Random(f"{scenario}/{seed}/pairs")
+    for _ in range(pairs):
+        # A second crash may come while the first is being mended, after where the quiet story ended.
+        yield crash_at(scenario, seed=seed, points=choices.sample(range(1, quiet.points + 40), 2))

@@ -1,0 +1,80 @@
+"""The lane and a blob store that goes away and comes back, and the files of what was deleted."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+from services.blobs import StorageUnavailable
+from services.lifecycle import cancelled
+from services.processor.health import Health
+from services.processor.storage import PART, REMOVED_AT_ONCE, Storage
+
+WAIT_S = 5
+LAST = "the last"
+
+
+class Blobs:
+    """What `Storage` asks of a store."""
+
+    def __init__(self) -> None:
+        self.away: str | None = None
+        self.checked = asyncio.Event()
+        self.last_removed = asyncio.Event()
+        self.removed: list[str] = []
+        self.removing = 0
+        self.removing_most = 0
+
+    async def check(self) -> None:
+        self.checked.set()
+        if self.away is not None:
+            raise StorageUnavailable(self.away)
+
+    async def delete_upload(self, upload_id: str) -> None:
+        self.removing += 1
+        self.removing_most = max(self.removing, self.removing_most)
+        await asyncio.sleep(0)
+        self.removing -= 1
+        if upload_id == "stubborn":
+            raise StorageUnavailable("not now")
+        self.removed.append(upload_id)
+        if upload_id == LAST:
+            self.last_removed.set()
+
+
+@contextlib.asynccontextmanager
+async def kept(storage: Storage) -> AsyncIterator[None]:
+    keeping = asyncio.create_task(storage.keep())
+    yield
+    assert not keeping.done()
+    await cancelled(keeping)
+
+
+async def test_a_store_that_is_away_is_a_lost_part_until_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.processor.storage.LOOK_INTERVAL_S", 0.01)
+    blobs, health, woken = Blobs(), Health(), asyncio.Event()
+    blobs.away = "s3://bucket cannot be reached"
+    storage = Storage(blobs, health, woken.set)  # type: ignore[arg-type]  # as much of a store as is asked for
+
+    async with kept(storage):
+        await asyncio.wait_for(blobs.checked.wait(), WAIT_S)
+        while_away, woken_while_away = set(health.parts), woken.is_set()
+        blobs.away = None
+        await asyncio.wait_for(woken.wait(), WAIT_S)
+
+    assert (while_away, woken_while_away) == ({PART}, False)
+    assert health.parts == {}
+
+
+async def test_what_was_deleted_is_removed_some_uploads_at_a_time_and_a_failure_holds_up_none() -> None:
+    blobs = Blobs()
+    storage = Storage(blobs, Health(), lambda: None)  # type: ignore[arg-type]  # as much of a store as is asked for
+    upload_ids = [*(str(number) for number in range(40)), LAST]
+
+    async with kept(storage):
+        await storage.remove(["stubborn", *upload_ids])
+        await asyncio.wait_for(blobs.last_removed.wait(), WAIT_S)
+
+    assert blobs.removed == upload_ids
+    assert blobs.removing_most == REMOVED_AT_ONCE
