@@ -60,6 +60,17 @@ def run() -> None:
     run_service(main)
 
 
+@dataclass(frozen=True, slots=True)
+class Workshop:
+    """What lanes are worked with, for as long as this process lives; `scratch` is a folder of our own."""
+
+    settings: Settings
+    stores: Stores
+    blobs: BlobStore
+    worker: WorkerProcess
+    scratch: Path
+
+
 async def main() -> None:
     settings = load(needs=("blob_url",))
     configure_logging(service="processor", log_format=settings.log_format, log_level=settings.log_level)
@@ -68,12 +79,10 @@ async def main() -> None:
     with stop_signals(stop):
         async with contextlib.AsyncExitStack() as stack:
             await stack.enter_async_context(_serving_health(settings, health))
-            blobs, worker, scratch, stores = await stack.enter_async_context(_parts(settings))
-            health.degraded, health.work_timeout_s = worker.degraded, settings.work_timeout_s
-            _log.info("processor_ready", partition=settings.partition, log_id=stores.log_id)
-            working = asyncio.create_task(
-                _work_lanes(settings, stores, blobs, worker, scratch, health, stop), name="lane"
-            )
+            shop = await stack.enter_async_context(_opened(settings))
+            health.degraded, health.work_timeout_s = shop.worker.degraded, settings.work_timeout_s
+            _log.info("processor_ready", partition=settings.partition, log_id=shop.stores.log_id)
+            working = asyncio.create_task(_work_lanes(shop, health, stop), name="lane")
             stopping = asyncio.create_task(stop.wait(), name="stop")
             try:
                 await first_of(working, stopping)
@@ -93,7 +102,7 @@ async def _serving_health(settings: Settings, health: Health) -> AsyncIterator[N
 
 
 @contextlib.asynccontextmanager
-async def _parts(settings: Settings) -> AsyncIterator[tuple[BlobStore, WorkerProcess, Path, Stores]]:
+async def _opened(settings: Settings) -> AsyncIterator[Workshop]:
     async with contextlib.AsyncExitStack() as stack:
         async with stopwatch("blob store reached"):
             blobs = await stack.enter_async_context(open_blobs(settings))
@@ -103,7 +112,7 @@ async def _parts(settings: Settings) -> AsyncIterator[tuple[BlobStore, WorkerPro
             worker = await _start_worker(settings)
             await stack.enter_async_context(closing("child process ended", worker.stop, timeout_s=5))
         stores = await stack.enter_async_context(open_stores(settings, service="processor"))
-        yield blobs, worker, scratch, stores
+        yield Workshop(settings, stores, blobs, worker, scratch)
 
 
 def _clear_scratch_of_the_dead() -> None:
@@ -130,36 +139,21 @@ async def _start_worker(settings: Settings) -> WorkerProcess:
     return worker
 
 
-async def _work_lanes(
-    settings: Settings,
-    stores: Stores,
-    blobs: BlobStore,
-    worker: WorkerProcess,
-    scratch: Path,
-    health: Health,
-    stop: asyncio.Event,
-) -> None:
+async def _work_lanes(shop: Workshop, health: Health, stop: asyncio.Event) -> None:
     """Work the lane until `stop`; where other read models took the place of those it wrote, take it anew from these."""
     while not stop.is_set():
         try:
-            await _work_lane(settings, stores, blobs, worker, scratch, health, stop)
+            await _work_lane(shop, health, stop)
         except GenerationChangedError as changed:
-            _log.warning("lane_begins_anew", partition=settings.partition, reason=str(changed))
+            _log.warning("lane_begins_anew", partition=shop.settings.partition, reason=str(changed))
             health.projection = health.hand = health.lane_lock = None
         else:
             return
 
 
-async def _work_lane(
-    settings: Settings,
-    stores: Stores,
-    blobs: BlobStore,
-    worker: WorkerProcess,
-    scratch: Path,
-    health: Health,
-    stop: asyncio.Event,
-) -> None:
+async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> None:
     """Take the lane, then work it until `stop`; raises StartError where it is lost."""
+    settings, stores = shop.settings, shop.stores
     async with contextlib.AsyncExitStack() as stack:
         identity, database = Worker.this_process(), stores.database
         lock = await stack.enter_async_context(LaneLock.open(database, identity, partition=settings.partition))
@@ -168,13 +162,16 @@ async def _work_lane(
             Presence.open(database, identity, partition=settings.partition, look=health.condition)
         )
         health.on_change = presence.wake
-        if await _unless_stopped(lock.take(), stop) is None:
-            return
-        reach("processor.after_lock")
-        health.state = "catching up"
         reader, writer = stores.log.reader([settings.partition]), stores.log.writer()
         stack.push_async_callback(writer.close)
         stack.push_async_callback(reader.close)
+        watching = asyncio.create_task(_watch_log(reader, health), name="lane.log")
+        stack.push_async_callback(cancelled, watching)
+        if await _unless_stopped(lock.take(), stop) is None:
+            return
+        await cancelled(watching)
+        reach("processor.after_lock")
+        health.state = "catching up"
         keeping = asyncio.create_task(lock.keep(), name="lane.lock")
         stack.push_async_callback(cancelled, keeping)
         async with stopwatch(f"lane {settings.partition} claimed"):
@@ -183,14 +180,15 @@ async def _work_lane(
             return
         reach("processor.after_claim")
         projection, epoch = taken
+        projection.epoch = epoch
         hand = LaneWorker(
             epoch=epoch,
             log=stores.log,
             writer=writer,
             projection=projection,
-            blobs=blobs,
-            worker=worker,
-            scratch=scratch,
+            blobs=shop.blobs,
+            worker=shop.worker,
+            scratch=shop.scratch,
             work_timeout_s=settings.work_timeout_s,
             may_start=lambda: lock.held and not health.parts.keys() & {"database", storage.PART},
         )
@@ -200,7 +198,7 @@ async def _work_lane(
         await hand.load()
         health.state = "working"
         _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)
-        store = storage.Storage(blobs, health, hand.wake)
+        store = storage.Storage(shop.blobs, health, hand.wake)
         await _go_on(settings, Lane(reader, projection, hand, store, health, recogniser), keeping, stop)
         # Others may have the lane now, before the rest is closed; first the row, so that nobody waits for us.
         await cancelled(keeping)
@@ -245,6 +243,17 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
         await cancelled(*tasks)
         with contextlib.suppress(DatabaseUnavailable, GenerationChangedError):
             await lane.projection.flush()
+
+
+async def _watch_log(reader: LogReader, health: Health) -> None:
+    """Say whether the log is there while nothing is read: who stands by is of use only with it."""
+    while True:
+        try:
+            await reader.ends()
+            health.back("log")
+        except LogUnavailable as error:
+            health.lost("log", error)
+        await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
 
 
 async def _take(

@@ -95,12 +95,14 @@ class Store(Protocol):
 
 class Projection:
     """One lane's rows. `lane` is where folding stands, `committed` the next offset Postgres holds, `quarantined` the
-    reasons of records that say nothing, whatever this version makes of them, until they are retried."""
+    reasons of records that say nothing, whatever this version makes of them, until they are retried. `epoch`: under
+    which its lane is worked, once that is so; nothing is written that was folded under a newer one."""
 
     def __init__(self, store: Store, *, lane: Lane, quarantined: Mapping[int, str] | None = None) -> None:
         self.lane = lane
         self.quarantined = dict(quarantined or {})
         self.committed = lane.next_offset
+        self.epoch: int | None = None
         self._store = store
         self._rows = asyncio.Lock()
         self._batches: dict[str, Batch | None] = {}
@@ -274,6 +276,7 @@ class Projection:
         if self._in_flight is None:
             if not self.dirty:
                 return []
+            self._check_fence()
             self._in_flight = self._cut()
         payload = self._in_flight
         reach("processor.before_commit")
@@ -284,6 +287,15 @@ class Projection:
         self.committed = payload.lane.next_offset
         PROJECTED_OFFSET.labels(self.lane.partition).set(self.committed)
         return removed
+
+    def _check_fence(self) -> None:
+        """Whoever has the lane now writes what comes after their claim; moving the position under them would throw them
+        out."""
+        if self.epoch is not None and self.lane.epoch != self.epoch:
+            raise LaneLostError(
+                f"partition {self.lane.partition} was claimed by another processor at {self.lane.epoch}; this process "
+                "stops"
+            )
 
     def _cut(self) -> Payload:
         """Take what is to be written as plain values, so that folding may go on while it is."""

@@ -35,15 +35,14 @@ from tests.examples import (
 from tests.fakes_rows import MemoryRows, Tables
 from tests.faults.simulation.checks import (
     Evidence,
-    Folding,
     check_counters,
     check_log,
     check_outcomes,
-    fold,
     violations,
 )
 from tests.faults.simulation.clients import Wish
 from tests.faults.simulation.processes import Answer, Sent, Stream
+from tests.faults.simulation.reference import Folding, fold
 
 FINISHED = (*OPENING, *a_finished_batch())
 CREATED_AT, SEALED_AT = 2, 4

@@ -11,7 +11,6 @@ SETTLED_WITHIN_S = 30.0
 NOTICED_WITHIN_S = 10.0
 """How long a service may say ready after a part went away: the longest silence it puts up with, and a look."""
 NEEDS = {"kafka": ("api", "notifier", "processor"), "postgres": ("api", "notifier", "processor")}
-STANDS_BY = ("kafka", "processor")
 GROWTH_MAX = {"memory_bytes": 96 << 20, "descriptors": 40, "tasks": 60}
 
 
@@ -31,16 +30,14 @@ def violations(evidence: Evidence) -> Iterator[str]:
 def _too_confident(evidence: Evidence) -> Iterator[str]:
     for away in evidence.away:
         for kind in NEEDS.get(away.part, ()):
-            ready_s: dict[str, list[float]] = defaultdict(list)
-            looks = [look for look in evidence.looks if look.service.partition("-")[0] == kind]
-            for look in looks:
-                if look.ready and away.from_s + NOTICED_WITHIN_S < look.at_s < away.to_s:
-                    ready_s[look.service].append(look.at_s)
-            # Who stands by only for the lane does not read the log: one processor that knows is enough.
-            if ready_s and ((away.part, kind) != STANDS_BY or len(ready_s) == len({look.service for look in looks})):
-                service, (at_s, *_) = next(iter(ready_s.items()))
-                after_s = at_s - away.from_s
-                yield f"{service} said ready {after_s:.1f} s after {away.part} went away, which it cannot do without"
+            for look in evidence.looks:
+                is_one = look.service.partition("-")[0] == kind
+                if is_one and look.ready and away.from_s + NOTICED_WITHIN_S < look.at_s < away.to_s:
+                    yield (
+                        f"{look.service} said ready {look.at_s - away.from_s:.1f} s after {away.part} went away, which "
+                        "it cannot do without"
+                    )
+                    break
 
 
 def _grown(service: str, pid: int, usages: list[Usage]) -> Iterator[str]:

@@ -6,13 +6,15 @@ from collections.abc import AsyncIterator, Callable
 from typing import Literal
 
 COMMIT = b"COMMIT;\x00"
+MOVES_POSITION = b"SET next_offset"
+"""Stands in a statement of the projection's transactions, and is seen once on each connection that has them."""
 BYTES_MAX = 65_536
 
 Cut = Literal["before the commit", "after the commit"]
 
 
 class Proxy:
-    """Carries bytes to `target_port`, both ways. `cuts`: what the next COMMITs that come by meet, one each."""
+    """Carries bytes to `target_port`, both ways. `cuts`: what the next COMMITs of the projection meet, one each."""
 
     def __init__(self, *, target_port: int) -> None:
         self.port = 0
@@ -63,9 +65,11 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, committed: asyncio.Event
     ) -> None:
         """Return where the connection is to be cut."""
+        projects = False
         with contextlib.suppress(OSError):
             while chunk := await reader.read(BYTES_MAX):
-                if COMMIT in chunk and self.cuts:
+                projects = projects or MOVES_POSITION in chunk
+                if projects and COMMIT in chunk and self.cuts:
                     cut = self.cuts.pop(0)
                     self.cut_at.append(cut)
                     self.on_cut(f"postgres: connection cut just {cut}")

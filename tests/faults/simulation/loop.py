@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import heapq
 import random
+import sys
 from collections import deque
 from collections.abc import Coroutine
 from typing import Any, TypeVar
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 TICK_S = 2e-6
 """How long a callback takes: something, so that nothing spins in no time."""
+
+
+_CLOSES_MAX = 30
 
 
 class Stuck(Exception):  # noqa: N818  # named for what it says
@@ -170,18 +174,29 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
     def dispose(self) -> None:
         """Close what is still suspended, so that nothing of it is left to be told about later."""
-        for task in self._tasks:
-            if not task.done():
-                _close(task.get_coro())
-        self._tasks.clear()
-        self._timers.clear()
-        self.close()
+        told, sys.unraisablehook = sys.unraisablehook, lambda _: None  # whatever the dying say, nobody listens
+        try:
+            for task in self._tasks:
+                if not task.done():
+                    _close(task.get_coro())
+            self._tasks.clear()
+            self._timers.clear()
+            self.close()
+        finally:
+            sys.unraisablehook = told
 
 
 def _close(coro: Any) -> None:
-    for _ in range(30):
-        try:
-            coro.close()
-        except BaseException:  # noqa: BLE001  # it wants to wait once more while it ends: close that too
-            continue
-        return
+    """Close a suspended coroutine and what it awaits, innermost first: an outer one would leave those behind that want
+    to wait once more while they end."""
+    chain = []
+    while hasattr(coro, "close"):
+        chain.append(coro)
+        coro = getattr(coro, "cr_await", None)
+    for each in reversed(chain):
+        for _ in range(_CLOSES_MAX):
+            try:
+                each.close()
+            except BaseException:  # noqa: BLE001  # it wants to wait once more: close that too
+                continue
+            break

@@ -170,6 +170,15 @@ def rows_ahead_of_the_tail() -> AbstractContextManager[Any]:
     return mock.patch.object(Tail, "projected_past", projected_past)
 
 
+def rows_of_another_folded_onto() -> AbstractContextManager[Any]:
+    """Whoever takes the lane does not notice that the one before still moves the rows."""
+
+    async def carefree(_self: projection.Projection) -> None:
+        """All is well."""
+
+    return mock.patch.object(projection.Projection, "_check_alone", carefree)
+
+
 @contextlib.contextmanager
 def rows_read_as_gone() -> Iterator[None]:
     """A question to the tables that fails is answered as if nothing were there."""
@@ -198,5 +207,6 @@ PLANTED: dict[str, Planted] = {
     "late copies overlooked": Planted("two_users", late_copies_overlooked, seeds=500),
     "written again after the commit": Planted("bad_file_and_retry", written_again_after_the_commit),
     "rows ahead of the tail": Planted("deleted", rows_ahead_of_the_tail, seeds=150),
+    "rows of another folded onto": Planted("zombie", rows_of_another_folded_onto, seeds=60),
     "rows read as gone": Planted("bad_file_and_retry", rows_read_as_gone),
 }

@@ -20,6 +20,7 @@ from services.blobs.local import LocalBlobs
 from services.database import DatabaseUnavailable
 from services.eventlog import LogOutcomeUnknown, LogSettings, LogUnavailable
 from services.eventlog.protocol import PartitionBounds, not_there
+from services.processor.presence import Worker
 from services.processor.work.port import Job, WorkCancelled, WorkError, WorkerUnavailable
 from tests.fakes_rows import Gate, MemoryDatabase, MemoryRows
 from tests.faults.simulation.loop import NODE
@@ -280,6 +281,14 @@ class SimulatedPresence:
 
     async def leave(self) -> None:
         """Nobody waits."""
+
+
+class SimulatedSelf:
+    """Takes the place of services.processor.presence.Worker: who a process is must not differ between runs."""
+
+    @staticmethod
+    def this_process() -> Worker:
+        return Worker(NODE.get().name, "nowhere", 1)
 
 
 class SimulatedBlobs(LocalBlobs):

@@ -20,7 +20,7 @@ from fastapi import Request
 from starlette.responses import Response
 
 from schemas.batch import Changed
-from schemas.events import Limits
+from schemas.events import LaneClaimed, Limits, UploadStarted
 from schemas.views import BatchCounts
 from services.api import filing, routes
 from services.api.answers import POSITION_HEADER, install_problems
@@ -31,6 +31,7 @@ from services.database import DatabaseUnavailable
 from services.eventlog import LogError
 from services.lifecycle import StartError
 from services.processor import main as processor_main
+from services.processor.projection import LaneLostError
 from services.settings import Settings
 from services.tail import Folded, Tail
 from tests.faults.simulation.loop import NODE, Node
@@ -40,6 +41,7 @@ from tests.faults.simulation.ports import (
     SimulatedWorker,
     database_of,
 )
+from tests.faults.simulation.reference import fold
 from tests.faults.simulation.world import World
 
 RESTART_S = 1.0
@@ -65,7 +67,7 @@ class Process:
             return
         self.starts += 1
         self.stop = asyncio.Event()
-        self.node = Node(self.name)
+        self.node = Node(f"{self.name}.{self.starts}")
         self.world.on_death[self.node] = self._died
         self.world.loop.spawn(self.node, self._live(), name=self.name)
 
@@ -76,6 +78,8 @@ class Process:
             why = "stopped"
         except StartError as error:
             why = str(error)
+            if isinstance(error, LaneLostError):
+                self._check_superseded(why)
         except (LogError, DatabaseUnavailable) as error:
             why = repr(error)
         except Exception as error:  # noqa: BLE001  # nothing expected it: that is a finding
@@ -84,6 +88,15 @@ class Process:
         self.world.tell("exit", why)
         self.world.loop.kill(self.node)
         self.world.on_death.pop(self.node, lambda: None)()
+
+    def _check_superseded(self, why: str) -> None:
+        """Only a newer claim may put a processor out of a lane that it works and holds the lock of."""
+        folding = fold(self.world.broker.records)
+        newest = [event.worker_id for event, _ in folding.of(LaneClaimed)][-1:]
+        worked = [event for event, _ in folding.of(UploadStarted) if event.epoch == folding.lane.epoch]
+        holder, _ = self.world.locks.get(0, (None, 0.0))
+        if newest == [self.node.name] and worked and holder is self.node:
+            self.world.violations.append(f"{self.node.name} was put out of its lane by nobody's claim: {why}")
 
     def _died(self) -> None:
         self.handle = None
@@ -289,15 +302,14 @@ async def processor(me: Process) -> None:
     )
     scratch = world.folder / f"scratch-{me.name}-{me.starts}"
     scratch.mkdir()
-    await processor_main._work_lanes(
-        _settings(),
-        stores,
-        SimulatedBlobs(world),
-        SimulatedWorker(world),  # type: ignore[arg-type]
-        scratch,
-        processor_main.Health(),
-        me.stop,
+    shop = processor_main.Workshop(
+        settings=_settings(),
+        stores=stores,
+        blobs=SimulatedBlobs(world),
+        worker=SimulatedWorker(world),  # type: ignore[arg-type]
+        scratch=scratch,
     )
+    await processor_main._work_lanes(shop, processor_main.Health(), me.stop)
 
 
 # Who watches

@@ -34,11 +34,12 @@ from services.processor import main as processor_main
 from services.processor import projection as projection_module
 from services.processor.projection import Projection
 from tests.fakes_rows import MemoryRows, Tables
-from tests.faults.simulation.checks import Evidence, Folding, fold_one, violations
+from tests.faults.simulation.checks import Evidence, violations
 from tests.faults.simulation.clients import History
 from tests.faults.simulation.loop import Stuck
-from tests.faults.simulation.ports import SimulatedLock, SimulatedPresence, SimulatedRows
+from tests.faults.simulation.ports import SimulatedLock, SimulatedPresence, SimulatedRows, SimulatedSelf
 from tests.faults.simulation.processes import Process, Stream, api, processor, watcher
+from tests.faults.simulation.reference import Folding, fold_one
 from tests.faults.simulation.scenarios import SCENARIOS, Scene
 from tests.faults.simulation.world import AtRandom, CrashAt, Plan, World
 
@@ -122,6 +123,7 @@ def ground(world: World) -> Iterator[None]:
         mock.patch.object(processor_main, "Rows", SimulatedRows),
         mock.patch.object(processor_main, "LaneLock", SimulatedLock),
         mock.patch.object(processor_main, "Presence", SimulatedPresence),
+        mock.patch.object(processor_main, "Worker", SimulatedSelf),
         mock.patch.object(processor_main, "READ_TIMEOUT_MS", IDLE_POLL_MS),
         mock.patch.object(projection_module, "CACHED_ROWS_MAX", world.choices.choice((0, 3, 50_000))),
         mock.patch.object(tail_module, "READ_TIMEOUT_MS", IDLE_POLL_MS),
@@ -201,7 +203,7 @@ async def _run(world: World, name: str) -> list[str]:
 
 def _undisturbed(world: World, processors: Sequence[Process]) -> bool:
     """Whether no attempt can have crashed: no processor was killed or paused, or lost its lane to another one."""
-    if world.paused or any(name == each.name for name, _ in world.crashes for each in processors):
+    if world.paused or any(name.startswith(each.name) for name, _ in world.crashes for each in processors):
         return False
     return len(processors) == 1 or world.failures == 0
 
