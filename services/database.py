@@ -268,8 +268,7 @@ class Database:
         """The schema of the live generation, such as gen_1."""
         if self._generation is None or fresh:
             async with self.connection() as connection:
-                number = await connection.fetchval("SELECT number FROM sluice_ops.live_generation")
-                self._generation = schema_of(number)
+                self._generation = await _live_generation(connection)
         return self._generation
 
     async def read(self, query: str, *args: object) -> list[asyncpg.Record]:
@@ -321,8 +320,7 @@ class Database:
     async def _snapshot(self, batch_id: str) -> Snapshot:
         partition = partition_of(batch_id)
         async with self.connection() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
-            number = await connection.fetchval("SELECT number FROM sluice_ops.live_generation")
-            generation = self._generation = schema_of(number)
+            generation = self._generation = await _live_generation(connection)
             lanes = await load_lanes(connection, generation)
             batch = (await load_batches(connection, generation, [batch_id])).get(batch_id)
             rows = await connection.fetch(
@@ -356,6 +354,13 @@ async def _terminated_on_error(connection: Connection) -> AsyncIterator[None]:
     except BaseException:
         connection.terminate()
         raise
+
+
+async def _live_generation(connection: Any) -> str:
+    number = await connection.fetchval("SELECT number FROM sluice_ops.live_generation")
+    if number is None:
+        raise ReadModelsGone("nothing says which generation of the read models is live")
+    return schema_of(number)
 
 
 def schema_of(generation: int) -> str:

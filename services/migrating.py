@@ -126,7 +126,8 @@ async def _forget_the_broken(connection: Any, applied: dict[str, str], scripts: 
 
 
 async def _live(connection: Any) -> str:
-    number = await connection.fetchval("SELECT number FROM sluice_ops.live_generation")
+    # Held, so that no replay switches to other tables before these were looked at.
+    number = await connection.fetchval("SELECT number FROM sluice_ops.live_generation FOR SHARE")
     if number is None:
         number = await connection.fetchval(
             "INSERT INTO sluice_ops.live_generation (number) VALUES (1) RETURNING number"

@@ -502,6 +502,7 @@ class Tail:
             _log.info("read_models_rebuilt", generation=generation, batches=len(self._held))
             for held in list(self._held.values()):
                 await self._renew_held(held)
+                self._asked_at_s = time.monotonic()  # Postgres answers, however many there are
             for user_id in self._followed.users:
                 rows = await self._database.read(
                     "SELECT id FROM {generation}.upload_batches "

@@ -63,10 +63,10 @@ class Lane:
             sys.stderr.write(self.lines[-1])
             self.heard.set()
 
-    async def said(self, words: str) -> None:
-        """Wait until a processor said this in its log; fails the test after WAIT_S."""
+    async def said(self, *either: str) -> None:
+        """Wait until a processor said one of these in its log; fails the test after WAIT_S."""
         async with asyncio.timeout(WAIT_S):
-            while not any(words in line for line in self.lines):
+            while not any(words in line for line in self.lines for words in either):
                 self.heard.clear()
                 await self.heard.wait()
 

@@ -16,6 +16,7 @@ from services.auth import Authenticator
 from services.blobs import BlobStore, StorageUnavailable
 from services.database import Database, DatabaseUnavailable, ReadModelsGone
 from services.eventlog import LogRefused, LogUnavailable
+from services.eventlog.topics import MENDED_BY
 from services.observability import OLDEST_UNFINISHED, logger
 from services.standstill import Standstill
 from services.tail import Tail
@@ -144,7 +145,7 @@ class Health:
         if problem is not None and self._topic_problem is None:
             _log.warning("topic_settings_wrong", reason=problem)
         # The command that mends it names Kafka's address, which is no business of who asks for our health.
-        what = None if problem is None else problem.partition(": kafka-configs.sh")[0]
+        what = None if problem is None else problem.partition(MENDED_BY)[0]
         self._topic_problem = None if what is None else f"{what}: `sluice doctor` names the command that mends it"
 
     async def _look_at_blobs(self) -> None:

@@ -2,12 +2,13 @@
 
 What was there when the export began is exported. Run again, it checks what is there and goes on after the last whole
 segment of each partition, up to the log's end as of now: so an interrupted export is finished, and a finished one
-brought up to date. The segment goes first and then the manifest that names it, so a kill loses one segment at most.
+brought up to date. The segment goes first and then the manifest that names it, so a kill loses one segment at most. A
+finished archive stays one all the while: the ends it promises move on only with the segments that reach them.
 """
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -66,10 +67,13 @@ class Exporter:
             await reader.close()
         manifest = await self._begun(log_id, ends)
         wanted = await self.selection.prepare(self._scan, ends)
-        manifest = manifest.model_copy(update={"ends": wanted, "exported_at": datetime.now(UTC).isoformat()})
+        promised = wanted
+        if manifest.ends and manifest.finished:  # a partition that is new to it is one without records at first
+            promised = dict.fromkeys(wanted, 0) | manifest.ends
+        manifest = manifest.model_copy(update={"ends": promised, "exported_at": datetime.now(UTC).isoformat()})
         await save(self.place, manifest)
         for partition in sorted(wanted):
-            manifest = await self._export(manifest, partition)
+            manifest = await self._export(manifest, partition, wanted)
         return manifest
 
     async def _begun(self, log_id: str, ends: dict[int, int]) -> Manifest:
@@ -111,9 +115,9 @@ class Exporter:
                 whole.append(segment)
         return tuple(whole)
 
-    async def _export(self, manifest: Manifest, partition: int) -> Manifest:
-        """What is missing of a partition, segment by segment."""
-        end, before = manifest.ends[partition], sum(manifest.ends[p] for p in manifest.ends if p < partition)
+    async def _export(self, manifest: Manifest, partition: int, wanted: Mapping[int, int]) -> Manifest:
+        """What is missing of a partition up to the end that is wanted, segment by segment."""
+        end, before = wanted[partition], sum(wanted[p] for p in wanted if p < partition)
         lines = _Lines(partition, manifest.reached(partition))
         async with aclosing(read_records(self.log, partition, lines.next_offset, end)) as groups:
             async for records in groups:
@@ -121,7 +125,7 @@ class Exporter:
                     lines.add(record, self.selection.take(record))
                     if lines.size_bytes >= self.segment_bytes_max:
                         manifest = await self._finish(manifest, lines)
-                self.on_progress(Progress("exporting", before + lines.next_offset, manifest.records))
+                self.on_progress(Progress("exporting", before + lines.next_offset, sum(wanted.values())))
         return await self._finish(manifest, lines) if lines.begun else manifest
 
     async def _finish(self, manifest: Manifest, lines: "_Lines") -> Manifest:
@@ -137,7 +141,8 @@ class Exporter:
             sha256=hashlib.sha256(data).hexdigest(),
         )
         await self.place.put(segment.name, data)
-        manifest = manifest.model_copy(update={"segments": (*manifest.segments, segment)})
+        ends = manifest.ends | {lines.partition: max(manifest.ends[lines.partition], last + 1)}
+        manifest = manifest.model_copy(update={"ends": ends, "segments": (*manifest.segments, segment)})
         await save(self.place, manifest)
         return manifest
 

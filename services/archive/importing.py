@@ -100,7 +100,7 @@ class Importer:
                 firsts = {p: first for p in self._ends if (first := await reader.first(p)) is not None}
             finally:
                 await reader.close()
-        for partition, first in firsts.items():
+        for partition, first in sorted(firsts.items()):
             created = self._import_of(first, manifest) if partition in present else None
             if created is None or self._ends[partition] > present[partition]:
                 raise ArchiveRefused(

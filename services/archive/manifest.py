@@ -1,8 +1,7 @@
 """What an archive says of itself: which log it is of, what of it, and each segment with its checksum.
 
 It is written anew after each segment, so what it names is there whole; it is finished when the segments of each
-partition reach the end that the log had when the export began. Nobody's name stands in it: of an erased user only the
-digest.
+partition reach the end that it promises. Nobody's name stands in it: of an erased user only the digest.
 """
 
 import hashlib
@@ -34,7 +33,8 @@ class Segment(BaseModel):
 
 class Manifest(BaseModel):
     """`of`: the batch of a slice, or the digest of the user who was erased. `ends`: partition → the next offset of the
-    log as of the newest export into this archive (of a slice: where it ends). `exported_at` is informational."""
+    log as of the first export into this archive (of a slice: where it ends), and from when that is finished, where its
+    segments end. `exported_at` is informational."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
     format: Literal["sluice-log-1"] = "sluice-log-1"

@@ -15,6 +15,7 @@ from services.cli.errors import CliError
 from services.cli.operating import opened_database, opened_log
 from services.cli.up import SERVICES
 from services.eventlog import LogRefused
+from services.eventlog.topics import MENDED_BY
 from services.migrating import missing_tables
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
@@ -39,8 +40,8 @@ async def topic(patient: Patient) -> str:
     if found is None:
         return f"there is no {settings.log_topic} yet; the first start makes it"
     if found.complaint is not None:
-        what, _, command = found.complaint.partition(": kafka-configs.sh")
-        raise Ailing(what, f"run: kafka-configs.sh{command}" if command else "change them")
+        what, _, more = found.complaint.partition(MENDED_BY)
+        raise Ailing(what, f"{MENDED_BY.removeprefix(': ')}{more}")
     if found.partitions > settings.partitions and "partitions" in settings.model_fields_set:
         raise Ailing(
             f"{settings.log_topic} has {found.partitions} partitions, SLUICE_PARTITIONS is {settings.partitions}",

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,13 +21,9 @@ from services.archive.manifest import ArchiveRefused, Manifest
 from services.archive.places import Place, PlaceUnavailable, place_of
 from services.archive.selecting import Erasure, Selection, Slice, Whole
 from services.cli import up
-from services.cli.connection import read_endpoints
-from services.cli.display import clean, console_of, print_json, size
+from services.cli.display import console_of, print_json, size
 from services.cli.errors import EXIT_INTERRUPTED, CliError, WrongUse
-from services.cli.operating import opened_log, operator_settings
-from services.embedded import EmbeddedKafka
-from services.embedded.folders import lock_folder, make_folder
-from services.settings import Settings, load
+from services.cli.operating import kafka_of, opened_log
 
 LINE_PAUSE_S = 5.0
 STATUS_PAUSE_S = 0.2
@@ -45,7 +41,7 @@ def export_log(data_dir: Path, dest: str, *, batch: str | None, erase: str | Non
             selection: Selection = (
                 Slice(batch) if batch is not None else Erasure(erase) if erase is not None else Whole()
             )
-            async with _kafka_of(data_dir, make=False) as settings, opened_log(settings) as log:
+            async with kafka_of(data_dir, make=False) as settings, opened_log(settings) as log:
                 done.append(await Exporter(log, place, selection, on_progress).run())
 
     asyncio.run(up.until_signal(story()))
@@ -78,7 +74,7 @@ def import_log(data_dir: Path, source: str, *, as_json: bool) -> None:
 
     async def story() -> None:
         with _told(), _shown_progress() as on_progress:
-            async with _kafka_of(data_dir, make=True) as settings, opened_log(settings) as log:
+            async with kafka_of(data_dir, make=True) as settings, opened_log(settings) as log:
                 importer = Importer(
                     log,
                     place,
@@ -103,24 +99,6 @@ def import_log(data_dir: Path, source: str, *, as_json: bool) -> None:
         lines.append(f"It has {imported.partitions} partitions: start with SLUICE_PARTITIONS={imported.partitions}.")
     for line in lines:
         console_of().print(line, markup=False, soft_wrap=True)
-
-
-@contextlib.asynccontextmanager
-async def _kafka_of(data_dir: Path, *, make: bool) -> AsyncIterator[Settings]:
-    """The settings of the Kafka that is meant, which answers as long as the block lasts. `make`: a folder without one
-    gets one."""
-    named = "kafka_bootstrap_servers" in load().model_fields_set or "kafka" in read_endpoints(data_dir)
-    if named or not (make or (data_dir / EmbeddedKafka.name).is_dir()):
-        yield operator_settings(data_dir=data_dir, needs=("kafka_bootstrap_servers",))
-        return
-    make_folder(data_dir, purpose="where Sluice keeps its data on this machine")
-    lock = await lock_folder(data_dir)
-    try:
-        note = console_of(stderr=True)
-        async with EmbeddedKafka(data_dir=data_dir, log=lambda line: note.print(clean(line), markup=False)) as kafka:
-            yield load(kafka_bootstrap_servers=kafka.bootstrap_servers)
-    finally:
-        lock.release()
 
 
 @contextlib.contextmanager

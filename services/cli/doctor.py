@@ -1,7 +1,8 @@
 """`sluice doctor`: every check that a start depends on, one after the other, with what to do where one fails.
 
-None keeps the others from being made. What a check is: `checkup.py`; what they look at: `ailments_here.py` (this
-machine), `ailments_there.py` (Kafka, Postgres and the services, where there are some).
+None keeps the others from being made, and none changes anything: `--mend` comes before them, see `operators.py`. What
+a check is: `checkup.py`; what they look at: `ailments_here.py` (this machine), `ailments_there.py` (Kafka, Postgres and
+the services, where there are some).
 """
 
 import asyncio

@@ -11,8 +11,11 @@ from typing import Any
 
 from schemas.position import Position
 from services.cli.connection import read_endpoints
+from services.cli.display import clean, console_of
 from services.cli.errors import CliError, WrongUse
 from services.database import Database, DatabaseUnavailable
+from services.embedded import EmbeddedKafka
+from services.embedded.folders import lock_folder, make_folder
 from services.eventlog import EventLog, LogError, LogSettings
 from services.lifecycle import StartError
 from services.settings import Settings, load
@@ -40,6 +43,24 @@ def operator_settings(*, data_dir: Path, needs: tuple[str, ...]) -> Settings:
             f"here with `sluice up`, name its folder with --data-dir, or give the settings its services have."
         )
     return load(**found)
+
+
+@contextlib.asynccontextmanager
+async def kafka_of(data_dir: Path, *, make: bool) -> AsyncIterator[Settings]:
+    """The settings of the Kafka that is meant, which answers as long as the block lasts. `make`: a folder without one
+    gets one."""
+    named = "kafka_bootstrap_servers" in load().model_fields_set or "kafka" in read_endpoints(data_dir)
+    if named or not (make or (data_dir / EmbeddedKafka.name).is_dir()):
+        yield operator_settings(data_dir=data_dir, needs=("kafka_bootstrap_servers",))
+        return
+    make_folder(data_dir, purpose="where Sluice keeps its data on this machine")
+    lock = await lock_folder(data_dir)
+    try:
+        note = console_of(stderr=True)
+        async with EmbeddedKafka(data_dir=data_dir, log=lambda line: note.print(clean(line), markup=False)) as kafka:
+            yield load(kafka_bootstrap_servers=kafka.bootstrap_servers)
+    finally:
+        lock.release()
 
 
 @contextlib.asynccontextmanager

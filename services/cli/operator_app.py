@@ -100,11 +100,16 @@ def sweep_command(
     operators.sweep(data_dir, ages, dry_run=dry_run, contents=contents, as_json=as_json)
 
 
-def doctor_command(data_dir: DataDir = DEFAULT_DATA_DIR, *, as_json: AsJson = False) -> None:
+def doctor_command(
+    data_dir: DataDir = DEFAULT_DATA_DIR,
+    *,
+    mend: Annotated[bool, typer.Option("--mend", help="First set right the settings of the log's topic.")] = False,
+    as_json: AsJson = False,
+) -> None:
     """Check all that a start needs and, where Sluice runs, how it is; say how to mend what is wrong.
 
-    Changes nothing. Exits 1 if something is wrong.
+    Changes nothing without --mend. Exits 1 if something is wrong.
     """
     from services.cli import operators  # noqa: PLC0415  # see the module's text
 
-    operators.examine(data_dir, as_json=as_json)
+    operators.examine(data_dir, mend=mend, as_json=as_json)

@@ -18,9 +18,9 @@ from rich.text import Text
 from services.blobs import StorageUnavailable
 from services.cli import doctor, log_tail, up
 from services.cli.display import clean, console_of, print_json, size
-from services.cli.errors import EXIT_FAILURE, CliError, WrongUse
+from services.cli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, CliError, WrongUse
 from services.cli.log_tail import Filter
-from services.cli.operating import log_id_of, opened_database, opened_log, operator_settings
+from services.cli.operating import kafka_of, log_id_of, opened_database, opened_log, operator_settings
 from services.lifecycle import StartError
 from services.opening import open_blobs
 from services.settings import Settings
@@ -103,15 +103,36 @@ def sweep(data_dir: Path, ages: Ages, *, dry_run: bool, contents: bool, as_json:
         raise typer.Exit(EXIT_FAILURE)
 
 
-def examine(data_dir: Path, *, as_json: bool) -> None:
-    """Make every check and tell what they found; raises typer.Exit where something is wrong."""
-    findings = asyncio.run(doctor.examine(data_dir.absolute()))
+def examine(data_dir: Path, *, mend: bool, as_json: bool) -> None:
+    """Make every check and tell what they found, with `mend` after the topic was mended; raises typer.Exit where
+    something is wrong."""
+    data_dir = data_dir.absolute()
+    mended = _mended(data_dir) if mend else []
+    if not as_json:
+        for line in mended or (["nothing to mend: the log's topic has no wrong setting"] if mend else []):
+            console_of().print(clean(line), markup=False, soft_wrap=True)
+    findings = asyncio.run(doctor.examine(data_dir))
     if as_json:
-        print_json({"healthy": doctor.healthy(findings), "checks": [dataclasses.asdict(each) for each in findings]})
+        told = {"healthy": doctor.healthy(findings), "checks": [dataclasses.asdict(each) for each in findings]}
+        print_json(told | ({"mended": mended} if mend else {}))
     else:
         console_of().print(doctor.table(findings))
     if not doctor.healthy(findings):
         raise typer.Exit(EXIT_FAILURE)
+
+
+def _mended(data_dir: Path) -> list[str]:
+    """Set right the settings of the log's topic; what was changed."""
+    done: list[list[str]] = []
+
+    async def story() -> None:
+        async with kafka_of(data_dir, make=False) as settings, opened_log(settings) as opened:
+            done.append(await opened.mend(fsync=settings.fsync))
+
+    asyncio.run(up.until_signal(story()))
+    if not done:
+        raise typer.Exit(EXIT_INTERRUPTED)
+    return done[0]
 
 
 @contextlib.contextmanager

@@ -96,6 +96,11 @@ class EventLog:
         """The log's topic as it is, None where there is none; nothing is changed. Raises LogUnavailable."""
         return await topics.inspect(self.settings, fsync=fsync)
 
+    async def mend(self, *, fsync: bool = False) -> list[str]:
+        """Set right what `inspect` complains of; what was changed. Raises LogRefused where an import is unfinished,
+        LogUnavailable."""
+        return await topics.mend(self.settings, fsync=fsync)
+
     async def identify(self) -> str | None:
         """Which log this is, None where nothing was written yet; nothing is changed.
 

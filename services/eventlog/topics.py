@@ -1,8 +1,9 @@
 """The topics: made with the settings the contract names, and refused where they could lose facts.
 
-Settings are altered by an import alone: Kafka's AlterConfigs, the only call the client has for it, resets every setting
-it does not name, so all that were set are read first and named again. Who meets a wrong one gets the value found and
-the command to run. Partitions are added when more are asked for, and never taken away, since ids name their partition.
+Settings are altered by an import and by `mend` alone: Kafka's AlterConfigs, the only call the client has for it, resets
+every setting it does not name, so all that were set are read first and named again. Who meets a wrong one gets the
+value found and the command to run. Partitions are added when more are asked for, and never taken away, since ids name
+their partition.
 """
 
 import asyncio
@@ -40,6 +41,8 @@ IMPORT_SETTINGS = FACT_SETTINGS | {
     "message.timestamp.after.max.ms": str(2**63 - 1),
 }
 """Those of a topic that takes records with the times they had elsewhere, whatever the clock here says."""
+MENDED_BY = ": run `sluice doctor --mend`"
+"""In a complaint: before it what is wrong, from it on what to do."""
 PROGRESS_SETTINGS = {"cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"}
 _REPLICAS_WITH_QUORUM = 3
 
@@ -106,9 +109,9 @@ async def inspect(settings: LogSettings, *, fsync: bool) -> TopicFound | None:
     try:
         async with asyncio.timeout(3 * settings.request_timeout_ms / 1000):
             await admin.start()
-            if settings.topic not in await admin.list_topics():  # asking for it by name could make it
-                return None
             topics = _Topics(admin, settings)
+            if not await topics.exists(settings.topic):
+                return None
             complaint = None
             try:
                 await topics.check(settings.topic, FACT_SETTINGS | (FSYNC_SETTINGS if fsync else {}))
@@ -138,6 +141,27 @@ async def end_import(settings: LogSettings, *, fsync: bool) -> None:
     async with _asking(settings) as topics:
         await topics.alter(settings.topic, facts, without=IMPORT_SETTINGS.keys() - FACT_SETTINGS.keys())
         await topics.check(settings.topic, facts)
+
+
+async def mend(settings: LogSettings, *, fsync: bool) -> list[str]:
+    """Give the log's topic the settings that a log has where it has others; what was changed, a sentence each.
+
+    Raises LogRefused where an import is at work or was broken off, LogUnavailable.
+    """
+    facts = FACT_SETTINGS | (FSYNC_SETTINGS if fsync else {})
+    async with _asking(settings) as topics:
+        if not await topics.exists(settings.topic):
+            return []
+        found = await topics.found(settings.topic, facts)
+        wrong = _wrong(found, facts)
+        if wrong and await topics.takes_import(settings.topic):
+            raise LogRefused(
+                f"nothing was mended: {settings.topic} has the settings of an import that is at work, or was broken "
+                "off: wait for it, or run `sluice log import` again, which sets them right at its end"
+            )
+        if wrong:
+            await topics.alter(settings.topic, wrong)
+        return [f"{name} of {settings.topic} was {found.get(name)}, and is {wrong[name]} now" for name in wrong]
 
 
 @contextlib.asynccontextmanager
@@ -174,25 +198,41 @@ class _Topics:
                 raise LogRefused(f"Kafka does not create {topic}: {message or error.__name__}")
         await self._until_led(topic, 1)
 
+    async def exists(self, topic: str) -> bool:
+        return topic in await self._admin.list_topics()  # asking for it by name could make it
+
     async def check(self, topic: str, wanted: Mapping[str, str]) -> None:
         """Raises LogRefused where the topic's settings are not these."""
+        found = await self.found(topic, wanted)
+        if complaint := complain(topic, found, wanted, self._settings.bootstrap_servers):
+            raise LogRefused(complaint)
+
+    async def takes_import(self, topic: str) -> bool:
+        """Whether the topic was given the settings that only an import gives, and takes away at its end."""
+        given = await self._given(topic)
+        return all(given.get(name) == IMPORT_SETTINGS[name] for name in IMPORT_SETTINGS.keys() - FACT_SETTINGS.keys())
+
+    async def found(self, topic: str, wanted: Collection[str]) -> dict[str, str]:
+        """What the topic has for these settings."""
         resource = ConfigResource(ConfigResourceType.TOPIC, topic, dict.fromkeys(wanted))
         (answer,) = await self._admin.describe_configs([resource])
         (described,) = answer.to_object()["resources"]
         if described["error_code"]:
             raise for_code(described["error_code"])(described["error_message"])
-        found = {entry["config_names"]: entry["config_value"] for entry in described["config_entries"]}
-        if complaint := complain(topic, found, wanted, self._settings.bootstrap_servers):
-            raise LogRefused(complaint)
+        return {entry["config_names"]: entry["config_value"] for entry in described["config_entries"]}
 
     async def alter(self, topic: str, wanted: Mapping[str, str], *, without: Collection[str] = ()) -> None:
-        """Give the topic these settings; those it was given before stay, but for the ones named by `without`."""
+        """Give the topic these settings, and wait until it has them; those it was given before stay, but for the ones
+        named by `without`. Bounded by the caller."""
         kept = {name: value for name, value in (await self._given(topic)).items() if name not in without}
         resource = ConfigResource(ConfigResourceType.TOPIC, topic, kept | dict(wanted))
         (answer,) = await self._admin.alter_configs([resource])
         for code, message, *_ in answer.resources:
             if code:
                 raise LogRefused(f"Kafka does not alter {topic}: {message or for_code(code).__name__}")
+        # The broker learns of it from the controller a moment after the answer.
+        while _wrong(await self.found(topic, wanted), wanted):  # noqa: ASYNC110  # it tells nobody when
+            await asyncio.sleep(0.05)
 
     async def _given(self, topic: str) -> dict[str, str]:
         """The settings that were given to the topic itself, without the broker's and the defaults."""
@@ -238,18 +278,23 @@ class _Topics:
 
 
 def complain(topic: str, found: Mapping[str, str], wanted: Mapping[str, str], bootstrap_servers: str) -> str | None:
-    """One sentence on the settings that are not as wanted, and the command that mends them; None if all are."""
-    wrong = {name: value for name, value in wanted.items() if not _serves(name, found.get(name), value)}
+    """One sentence on the settings that are not as wanted, and, after MENDED_BY, what mends them; None if all are."""
+    wrong = _wrong(found, wanted)
     if not wrong:
         return None
     are = ", ".join(f"{name}={found.get(name)} (must be {value})" for name, value in wrong.items())
     if wrong.keys() == {"message.timestamp.type"}:
         are += " as an import sets it that was broken off: run `sluice log import` again, or, if there was none"
     return (
-        f"{topic} could lose or refuse facts, its settings are {are}: kafka-configs.sh --bootstrap-server "
-        f"{bootstrap_servers} --alter --entity-type topics --entity-name {topic} "
+        f"{topic} could lose or refuse facts, its settings are {are}{MENDED_BY}, or kafka-configs.sh "
+        f"--bootstrap-server {bootstrap_servers} --alter --entity-type topics --entity-name {topic} "
         f"--add-config {','.join(f'{name}={value}' for name, value in wrong.items())}"
     )
+
+
+def _wrong(found: Mapping[str, str], wanted: Mapping[str, str]) -> dict[str, str]:
+    """Those of `wanted` that are not so."""
+    return {name: value for name, value in wanted.items() if not _serves(name, found.get(name), value)}
 
 
 def _serves(name: str, found: str | None, wanted: str) -> bool:

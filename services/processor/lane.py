@@ -39,6 +39,7 @@ from services.lifecycle import cancelled
 from services.observability import UPLOADS_WORKED, WORK_SECONDS, logger
 from services.processor import decisions
 from services.processor.projection import GenerationChangedError, LaneLostError, Projected, Projection
+from services.processor.storage import UNREADABLE, Patience
 from services.processor.work.port import Job, WorkCancelled, WorkError, WorkerUnavailable
 from services.processor.work.process import WorkerProcess
 
@@ -100,6 +101,7 @@ class LaneWorker:
         self._partition = projection.lane.partition
         self._blobs = blobs
         self._worker = worker
+        self._patience = Patience(blobs)
         self._scratch = scratch
         self._work_timeout_s = work_timeout_s
         self._may_start = may_start
@@ -349,26 +351,24 @@ class LaneWorker:
         except (WorkerUnavailable, StorageUnavailable) as error:
             _log.warning("upload_given_back", reason=str(error))
             await asyncio.sleep(RETRY_INTERVAL_S)
-            return [decisions.given_back(started, reason=str(error)[:500])]
+            if isinstance(error, WorkerUnavailable) or not await self._patience.ends_with(upload.id):
+                return [decisions.given_back(started, reason=str(error)[:500])]
+            problem = UNREADABLE
         except WorkError as error:
-            failure = decisions.failed(
-                upload,
+            problem = error
+        else:
+            succeeded = UploadSucceeded(
+                batch_id=started.batch_id,
+                upload_id=started.upload_id,
                 attempt=started.attempt,
                 epoch=self.epoch,
-                code=error.code,
-                message=error.message,
-                final=error.final,
+                result=result,
+                duration_ms=_ms_since(began),
             )
-            return [failure]
-        succeeded = UploadSucceeded(
-            batch_id=started.batch_id,
-            upload_id=started.upload_id,
-            attempt=started.attempt,
-            epoch=self.epoch,
-            result=result,
-            duration_ms=_ms_since(began),
-        )
-        return [succeeded]
+            return [succeeded]
+        code, message, final = problem.code, problem.message, problem.final
+        attempt, epoch = started.attempt, self.epoch
+        return [decisions.failed(upload, attempt=attempt, epoch=epoch, code=code, message=message, final=final)]
 
     async def _result(self, work: _Work) -> dict[str, object]:
         started, upload = work.started, work.upload

@@ -399,7 +399,7 @@ async def _keep_house(lane: Lane, idle_seal_s: float) -> None:
     while True:
         with contextlib.suppress(DatabaseUnavailable):
             await lane.hand.seal_idle(int((time.time() - idle_seal_s) * 1000))
-        with contextlib.suppress(LogUnavailable):
+        try:
             await lane.recogniser.look()
             if lane.recogniser.complaint is not None:
                 lane.health.lost("the log's beginning", lane.recogniser.complaint)
@@ -407,6 +407,9 @@ async def _keep_house(lane: Lane, idle_seal_s: float) -> None:
                 lane.health.back("the log's beginning")
             end = (await lane.reader.ends())[partition]
             LOG_LAG.labels(partition).set(max(0, end - lane.projection.lane.next_offset))
+            lane.health.back("the log's end")
+        except LogUnavailable as error:
+            lane.health.lost("the log's end", error)
         lane.hand.wake()
         await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
 

@@ -74,8 +74,7 @@ class Rows:
                 partition,
                 log_id,
             )
-            rows_left = f"SELECT EXISTS (SELECT 1 FROM {self.generation}.batch_events WHERE partition = $1)"  # noqa: S608  # ours
-            if made == "INSERT 0 1" and await connection.fetchval(rows_left, partition):
+            if made == "INSERT 0 1" and await connection.fetchval(_rows_left(self.generation), partition):
                 await connection.execute(f"DELETE FROM {self.generation}.positions WHERE partition = $1", partition)  # noqa: S608  # ours
                 raise StartError(
                     f"the read models have rows of partition {partition}, but nothing says which position they stand "
@@ -290,6 +289,13 @@ class ShadowRows(Rows):
 
     def _say_quarantined(self, partition: int, offset: int, reason: str) -> None:
         """It is no news."""
+
+
+def _rows_left(generation: str) -> str:
+    """Whether any row of a partition is there."""
+    tables = ("batch_events", "upload_batches", "deleted_batches", "user_starts")
+    left = (f"EXISTS (SELECT 1 FROM {generation}.{table} WHERE partition = $1)" for table in tables)  # noqa: S608  # ours
+    return f"SELECT {' OR '.join(left)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,21 +8,31 @@ stop or while the store is away, is left to the sweeper.
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from schemas.errors import WorkCode
 from services.blobs import BlobStore, StorageUnavailable
 from services.lifecycle import cancelled, first_of
-from services.processor.health import Health
+from services.processor.work.port import WorkError
+
+if TYPE_CHECKING:
+    from services.processor.health import Health  # which knows the lane, which knows this
 
 PART = "blobs"
 LOOK_INTERVAL_S = 1.0
 REMOVALS_MAX = 10_000
 REMOVED_AT_ONCE = 16
+GIVEN_BACK_MAX = 5
+REMEMBERED_MAX = 1_000
+UNREADABLE = WorkError(
+    WorkCode.INTERNAL_ERROR, "Its bytes could not be read from the blob store, though the store is there.", final=False
+)
 
 
 class Storage:
     """See the module's text. `on_change` is called when the store is back."""
 
-    def __init__(self, blobs: BlobStore, health: Health, on_change: Callable[[], None]) -> None:
+    def __init__(self, blobs: BlobStore, health: "Health", on_change: Callable[[], None]) -> None:
         self._blobs = blobs
         self._health = health
         self._on_change = on_change
@@ -63,3 +73,26 @@ class Storage:
     async def _remove_one(self, upload_id: str) -> None:
         with contextlib.suppress(StorageUnavailable):
             await self._blobs.delete_upload(upload_id)
+
+
+class Patience:
+    """How often a file that cannot be brought from the store is given back unharmed: it waits for a store that is away,
+    but one file that cannot be read must not keep the lane busy for ever."""
+
+    def __init__(self, blobs: BlobStore) -> None:
+        self._blobs = blobs
+        self._given_back: dict[str, int] = {}
+
+    async def ends_with(self, upload_id: str) -> bool:
+        """Whether this file, which could not be read just now, is to blame and not the store: then it has failed."""
+        if upload_id not in self._given_back and len(self._given_back) >= REMEMBERED_MAX:
+            self._given_back.clear()
+        self._given_back[upload_id] = times = self._given_back.get(upload_id, 0) + 1
+        if times <= GIVEN_BACK_MAX:
+            return False
+        try:
+            await self._blobs.check()
+        except StorageUnavailable:
+            return False
+        del self._given_back[upload_id]
+        return True

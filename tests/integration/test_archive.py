@@ -18,7 +18,18 @@ from services.archive.manifest import ArchiveRefused, load
 from services.archive.places import Folder, PlaceUnavailable, place_of
 from services.archive.selecting import Erasure, Slice, Whole
 from services.eventlog import LogRefused
-from tests.archives import ADAS, GRACES, PARTITIONS, Archived, a_topic, a_used_log, killed, names
+from tests.archives import (
+    ADAS,
+    GRACES,
+    PARTITIONS,
+    Archived,
+    a_topic,
+    a_used_log,
+    in_lane_0,
+    in_lane_1,
+    killed,
+    names,
+)
 from tests.buckets import BUCKET, a_bucket
 from tests.examples import OTHER_USER, USER, State, a_batch_created, an_id, fold
 
@@ -171,6 +182,45 @@ async def test_an_export_that_was_killed_goes_on_after_its_last_whole_segment(
 
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in begun} == begun
     assert state_of(await fresh.records()) == state_of(await used.records())
+
+
+async def test_a_finished_archive_stays_importable_when_the_export_that_adds_to_it_is_killed(
+    kafka: str, unique: str, used: Archived, fresh: Archived, tmp_path: Path
+) -> None:
+    first = await used.exported(tmp_path)
+    await used.append(*in_lane_0())
+    await used.append(*in_lane_1(), partition=1)
+
+    await killed("export", kafka, used.log.settings.topic, tmp_path, partition=0, nth=2)
+    between = await load(Folder(tmp_path))
+    await fresh.imported(tmp_path)
+
+    assert between is not None
+    assert len(between.segments) == len(first.segments) + 1
+    assert between.ends == {0: between.reached(0), 1: first.ends[1]}
+    records = await used.records()
+    whole = [part[1 : between.ends[number]] for number, part in enumerate(records)]
+    assert [part[1:] for part in await fresh.records()] == whole
+
+    second = await used.exported(tmp_path)
+    async with a_topic(kafka, f"{unique}.third") as third:
+        await third.imported(tmp_path)
+        assert [part[1:] for part in await third.records()] == [part[1:] for part in records]
+    assert second.segments[: len(between.segments)] == between.segments
+    assert second.ends == {number: len(part) for number, part in enumerate(records)}
+
+
+async def test_a_partition_that_an_export_did_not_come_to_yet_is_imported_empty(
+    kafka: str, used: Archived, fresh: Archived, tmp_path: Path
+) -> None:
+    await used.exported(tmp_path)
+    await used.log.ensure_topics(partitions=PARTITIONS + 1)
+    await used.append(*in_lane_0())
+
+    await killed("export", kafka, used.log.settings.topic, tmp_path, partition=0, nth=2)
+    imported = await fresh.imported(tmp_path)
+
+    assert imported.partitions == PARTITIONS + 1
 
 
 @pytest.mark.parametrize("partition", [1, 0], ids=["in the last partition", "in the first one"])

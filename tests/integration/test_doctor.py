@@ -70,7 +70,9 @@ async def test_a_topic_that_would_lose_facts_is_told_with_the_command_that_mends
     with pytest.raises(Ailing, match=r"could lose.*retention\.ms=604800000 \(must be -1\)") as found:
         await ailments_there.topic(patient(kafka=kafka, database_url=database_url, topic=unique))
 
-    assert found.value.mend.startswith(f"run: kafka-configs.sh --bootstrap-server {kafka} --alter")
+    assert found.value.mend.startswith(
+        f"run `sluice doctor --mend`, or kafka-configs.sh --bootstrap-server {kafka} --alter"
+    )
     assert "retention.ms=-1" in found.value.mend
 
 

@@ -343,11 +343,12 @@ async def test_snapshot_and_facts_leave_no_gap_and_repeat_nothing_while_facts_co
             await stack.enter_async_context(following_projection(quiet))
         await quiet.append(*(a_batch_created(batch_id) for batch_id in batches))
 
-        working = asyncio.create_task(append_work(quiet, batches, uploads=100))
+        offsets: dict[str, list[int]] = {batch_id: [] for batch_id in batches}
+        working = asyncio.create_task(append_work(quiet, offsets, uploads=100))
         watched = await asyncio.gather(
-            *(watch_some(quiet, batches[number % 4], begin_after_s=number * 0.05) for number in range(16))
+            *(watch_some(quiet, batches[number % 4], offsets, begin_after=number * 15) for number in range(16))
         )
-        offsets = await working
+        await working
 
     assert len({snapshot["position"] for snapshot, _ in watched}) > 4
     for snapshot, heard in watched:
@@ -357,27 +358,26 @@ async def test_snapshot_and_facts_leave_no_gap_and_repeat_nothing_while_facts_co
         assert_counts_follow(snapshot["batch"], heard)
 
 
-async def append_work(scene: Scene, batches: list[str], *, uploads: int) -> dict[str, list[int]]:
-    """Work on all the batches in turn, each fact said twice; the offsets of the effective ones, per batch."""
-    offsets: dict[str, list[int]] = {batch_id: [] for batch_id in batches}
+async def append_work(scene: Scene, offsets: dict[str, list[int]], *, uploads: int) -> None:
+    """Work on all the batches in turn, each fact said twice; `offsets` are given those of the effective ones, per
+    batch."""
     for number in range(uploads):
-        for batch_id in batches:
+        for batch_id in offsets:
             upload_id = an_id("worked", batch_id, number)
             facts = [of(upload_id, batch_id) for of in (an_upload_queued, an_upload_started, an_upload_succeeded)]
             last = (await scene.append(*(fact for fact in facts for _ in range(2)))).offset(0)
             assert last is not None
             offsets[batch_id] += [last - 5, last - 3, last - 1]
-    for batch_id in batches:
-        offsets[batch_id].append((await scene.append(a_batch_sealed(batch_id))).offset(0) or 0)
-    return offsets
+    for batch_id, effective in offsets.items():
+        effective.append((await scene.append(a_batch_sealed(batch_id))).offset(0) or 0)
 
 
 async def watch_some(
-    scene: Scene, batch_id: str, *, begin_after_s: float
+    scene: Scene, batch_id: str, offsets: dict[str, list[int]], *, begin_after: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The snapshot a client is given when it comes in mid stream, and what it is told until the batch is sealed. It
     leaves and comes back once, so that the batch is let go of and looked up again."""
-    await asyncio.sleep(begin_after_s)  # each begins somewhere else in the stream
+    await until(lambda: len(offsets[batch_id]) >= begin_after)  # each begins somewhere else in the stream
     async with scene.connected() as watcher:
         await watcher.subscribe(batch_id)
         await watcher.hear()

@@ -20,8 +20,8 @@ from schemas.events import UploadStarted
 from services.api import health as api_health
 from services.api.main import serving_api
 from services.database import Database
-from services.eventlog import EventLog
-from services.eventlog.topics import FACT_SETTINGS
+from services.eventlog import EventLog, LogRefused, LogSettings
+from services.eventlog.topics import FACT_SETTINGS, IMPORT_SETTINGS
 from services.lifecycle import StartError
 from services.notifier.main import notifying
 from services.opening import open_stores
@@ -181,12 +181,49 @@ async def test_topic_settings_that_could_lose_facts_are_refused_with_what_mends_
         said = await refusal(settings)
 
         assert f"{setting}={value} (must be {FACT_SETTINGS[setting]})" in said
-        assert "kafka-configs.sh --bootstrap-server" in said
+        assert "run `sluice doctor --mend`, or kafka-configs.sh --bootstrap-server" in said
         assert f"--add-config {setting}={FACT_SETTINGS[setting]}" in said
 
     await alter(admin, settings.log_topic)
     async with open_stores(settings, service="test") as stores:
         assert await stores.topic_complaint() is None
+
+
+async def test_settings_that_were_refused_are_accepted_when_they_are_mended(
+    lane: Lane, settings: Settings, admin: AIOKafkaAdminClient
+) -> None:
+    await alter(admin, settings.log_topic, retention_ms="604800000", max_message_bytes="1000", segment_bytes="20000000")
+    assert "`sluice doctor --mend`" in await refusal(settings)
+
+    mended = await lane.log.mend()
+
+    assert [line.partition(", and is ")[0] for line in mended] == [
+        f"retention.ms of {settings.log_topic} was 604800000",
+        f"max.message.bytes of {settings.log_topic} was 1000",
+    ]
+    assert await lane.log.mend() == []
+    async with open_stores(settings, service="test") as stores:
+        assert await stores.topic_complaint() is None
+    resource = ConfigResource(ConfigResourceType.TOPIC, settings.log_topic, {"segment.bytes": None})
+    (answer,) = await admin.describe_configs([resource])
+    (described,) = answer.to_object()["resources"]
+    assert [entry["config_value"] for entry in described["config_entries"]] == ["20000000"], "what was given stays"
+
+
+async def test_a_topic_that_is_being_imported_into_is_not_mended(
+    settings: Settings, admin: AIOKafkaAdminClient
+) -> None:
+    await admin.create_topics([NewTopic(settings.log_topic, 1, 1, topic_configs=IMPORT_SETTINGS)])
+    where = LogSettings(bootstrap_servers=settings.kafka_bootstrap_servers, topic=settings.log_topic)
+    async with EventLog.open(where) as log:
+        with pytest.raises(LogRefused, match=r"nothing was mended.*run `sluice log import` again"):
+            await log.mend()
+
+        found = await log.inspect()
+
+    assert found is not None
+    assert found.complaint is not None
+    assert "message.timestamp.type=CreateTime" in found.complaint
 
 
 async def test_a_database_of_a_newer_version_is_used_where_that_says_so_and_refused_elsewhere(
@@ -204,12 +241,21 @@ async def test_a_database_of_a_newer_version_is_used_where_that_says_so_and_refu
     assert "start that version or a newer one" in said
 
 
-async def test_rows_that_no_position_stands_for_are_refused_and_replay_named(lane: Lane, database_url: str) -> None:
-    await sql(
-        database_url,
-        "INSERT INTO gen_1.batch_events (partition, record_offset, batch_id, time_ms) "
-        "VALUES (0, 1, '019c13a8-7b6e-7a31-9d5e-3f0c6b1d2a00', 0)",
-    )
+@pytest.mark.parametrize(
+    "row",
+    [
+        (
+            "batch_events (partition, record_offset, batch_id, time_ms) "
+            "VALUES (0, 1, '019c13a8-7b6e-7a31-9d5e-3f0c6b1d2a00', 0)"
+        ),
+        "user_starts (partition, user_id, last_started_offset) VALUES (0, 'ada', 1)",
+    ],
+    ids=["an event", "a start"],
+)
+async def test_rows_that_no_position_stands_for_are_refused_and_replay_named(
+    lane: Lane, database_url: str, row: str
+) -> None:
+    await sql(database_url, f"INSERT INTO gen_1.{row}")
     rows = await Rows.live(lane.database)
 
     for _ in range(2):  # the first refusal changes nothing

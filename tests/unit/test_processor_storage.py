@@ -9,7 +9,7 @@ import pytest
 from services.blobs import StorageUnavailable
 from services.lifecycle import cancelled
 from services.processor.health import Health
-from services.processor.storage import PART, REMOVED_AT_ONCE, Storage
+from services.processor.storage import GIVEN_BACK_MAX, PART, REMEMBERED_MAX, REMOVED_AT_ONCE, Patience, Storage
 
 WAIT_S = 5
 LAST = "the last"
@@ -78,3 +78,31 @@ async def test_what_was_deleted_is_removed_some_uploads_at_a_time_and_a_failure_
 
     assert blobs.removed == upload_ids
     assert blobs.removing_most == REMOVED_AT_ONCE
+
+
+async def test_a_file_that_cannot_be_read_again_and_again_is_to_blame_itself() -> None:
+    patience = Patience(Blobs())  # type: ignore[arg-type]  # what is asked of a store here
+
+    said = [await patience.ends_with("unreadable") for _ in range(GIVEN_BACK_MAX + 2)]
+
+    assert said == [False] * GIVEN_BACK_MAX + [True, False]
+
+
+async def test_no_file_is_to_blame_for_a_store_that_is_away() -> None:
+    blobs = Blobs()
+    blobs.away = "no answer"
+    patience = Patience(blobs)  # type: ignore[arg-type]  # what is asked of a store here
+
+    assert not any([await patience.ends_with("file") for _ in range(GIVEN_BACK_MAX * 3)])
+
+    blobs.away = None
+    assert await patience.ends_with("file")
+
+
+async def test_files_that_cannot_be_read_are_not_remembered_without_a_bound() -> None:
+    patience = Patience(Blobs())  # type: ignore[arg-type]  # what is asked of a store here
+
+    for number in range(REMEMBERED_MAX + 10):
+        await patience.ends_with(f"file {number}")
+
+    assert len(patience._given_back) <= REMEMBERED_MAX

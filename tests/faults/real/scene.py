@@ -39,6 +39,13 @@ READY_TIMEOUT_S = 60.0
 WORKED_TIMEOUT_S = 90.0
 EVEN_TIMEOUT_S = 40.0
 SAMPLE_PAUSE_S = 0.25
+AWAY = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,  # what a connection says that was asked just while its server died
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +207,7 @@ class Scene:
 
     async def _look_at_positions(self) -> None:
         while True:
-            with contextlib.suppress(OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            with contextlib.suppress(*AWAY):
                 async with self._asking() as connection:
                     while True:
                         self.evidence.positions.append((0, await gathering.next_offset_of(connection)))

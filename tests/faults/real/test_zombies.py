@@ -12,7 +12,8 @@ from tests.faults.real.scene import Scene
 
 pytestmark = pytest.mark.timeout(300)  # many processes start and die, which takes its time on a busy machine
 
-TAKEN_OVER_WITHIN_S = 10.0
+TAKEN_OVER_WITHIN_S = 20.0
+"""Ten on a machine with room for it; here many processes share two cores with the other half of the suite."""
 BOTH = ("processor-1", "processor-2")
 
 
