@@ -30,7 +30,6 @@ SLEEPS: dict[str, str] = {
     "tests/unit/test_simulation_loop.py": "time is simulated there, and costs none",
     "tests/work_handlers.py": "handlers that hang on purpose",
     "tests/contract/test_eventlog.py::test_closing_is_bounded": "nothing tells when it begins",
-    "tests/integration/test_notifier.py::watch_some": "clients that come at different times",
     "tests/integration/test_notifier.py::test_progress_comes": "that nothing comes can only be waited for",
 }
 """Where a test may sleep outside a loop that asks whether something has come about: a file, or the beginning of a
