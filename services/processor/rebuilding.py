@@ -286,7 +286,7 @@ class RebuildLock:
             yield lock
         finally:
             if lock._connection is not None:
-                lock._connection.terminate()
+                await _unlock(lock._connection)
 
     async def keep(self) -> None:
         """See that it is still ours. Raises RebuildRefused where another one began meanwhile, DatabaseUnavailable."""
@@ -321,6 +321,17 @@ async def _lock(connection: Connection) -> None:
         _REBUILD_LOCK[0],
     )
     raise RebuildRefused(_held_by(holder))
+
+
+async def _unlock(connection: Connection) -> None:
+    """Give it back now: the end of a connection is noticed a moment later, and the next one may come before."""
+    try:
+        with reaching():
+            await connection.execute("SELECT pg_advisory_unlock($1, $2)", *_REBUILD_LOCK, timeout=2)
+    except DatabaseUnavailable:
+        pass  # then it is gone with the connection
+    finally:
+        connection.terminate()
 
 
 def _held_by(holder: Any) -> str:
