@@ -22,18 +22,6 @@ from tests.integration.api_client import (
 
 
 @pytest.fixture
-async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> AsyncIterator[RunningApi]:
-    settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
-    async with running_api(settings) as running:
-        yield running
-
-
-@pytest.fixture
-async def ada(api: RunningApi) -> Person:
-    return await api.person("ada")
-
-
-@pytest.fixture
 async def grace(api: RunningApi) -> Person:
     return await api.person("grace")
 

@@ -32,11 +32,6 @@ async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> Asy
         yield running
 
 
-@pytest.fixture
-async def ada(api: RunningApi) -> Person:
-    return await api.person("ada")
-
-
 async def endless(api: RunningApi, request_line: str, content_type: str, beginning: bytes) -> bytes:
     """Send a body that never ends, in chunks, until the api hangs up: its answer. Fails if it takes whatever comes."""
     host, port = api.url.removeprefix("http://").split(":")

@@ -1,11 +1,7 @@
 """History over HTTP: what happened to a batch, and the batch as it was at any position or time."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
-
-import pytest
 
 from schemas.position import Position
 from services.demo import PICTURES
@@ -13,25 +9,12 @@ from tests.integration.api_client import (
     Person,
     RunningApi,
     a_picture,
-    api_settings,
     code_of,
     ended,
     processor_beside,
     running_api,
 )
 from tests.integration.judge import judge
-
-
-@pytest.fixture
-async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> AsyncIterator[RunningApi]:
-    settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
-    async with running_api(settings) as running:
-        yield running
-
-
-@pytest.fixture
-async def ada(api: RunningApi) -> Person:
-    return await api.person("ada")
 
 
 async def events_of(person: Person, batch_id: str, *, limit: int = 200) -> list[dict[str, Any]]:

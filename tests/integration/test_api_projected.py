@@ -33,11 +33,6 @@ async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> Asy
         yield running
 
 
-@pytest.fixture
-async def ada(api: RunningApi) -> Person:
-    return await api.person("ada")
-
-
 async def pages(person: Person, path: str, **params: Any) -> AsyncIterator[list[dict[str, Any]]]:
     """The pages of a list, one after the other."""
     cursor: str | None = None

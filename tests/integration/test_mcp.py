@@ -32,18 +32,6 @@ ACCEPT = {"Accept": "application/json, text/event-stream"}
 LIST = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
 
 
-@pytest.fixture
-async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> AsyncIterator[RunningApi]:
-    settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
-    async with running_api(settings) as running:
-        yield running
-
-
-@pytest.fixture
-async def ada(api: RunningApi) -> Person:
-    return await api.person("ada")
-
-
 @contextlib.asynccontextmanager
 async def assistant(
     api: RunningApi, *, user: str = "ada", scopes: tuple[str, ...] = (), mode: str = "auto"

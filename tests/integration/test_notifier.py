@@ -43,34 +43,12 @@ from tests.notifiers import (
     Scene,
     Watcher,
     a_free_port,
-    a_quiet_scene,
     a_token,
     following_projection,
     offset_of,
-    settings_for,
     types_of,
     until,
 )
-
-
-@pytest.fixture
-def settings(kafka: str, database_url: str, unique: str) -> Settings:
-    return settings_for(kafka=kafka, database_url=database_url, unique=unique)
-
-
-@pytest.fixture
-async def quiet(settings: Settings) -> AsyncIterator[Scene]:
-    """A log with a claimed lane, and no notifier yet."""
-    async with a_quiet_scene(settings) as scene:
-        yield scene
-
-
-@pytest.fixture
-async def scene(quiet: Scene) -> AsyncIterator[Scene]:
-    async with notifying(quiet.settings) as notifier:
-        quiet.port = notifier.port
-        yield quiet
-
 
 # Who may listen
 

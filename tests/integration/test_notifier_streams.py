@@ -14,7 +14,6 @@ from websockets.exceptions import InvalidStatus
 from schemas.position import Position
 from services.notifier import streams
 from services.notifier.main import notifying
-from services.settings import Settings
 from tests.examples import (
     BATCH,
     OTHER_USER,
@@ -26,26 +25,7 @@ from tests.examples import (
     an_upload_started,
     an_upload_succeeded,
 )
-from tests.notifiers import SOON_S, Scene, a_quiet_scene, a_token, settings_for, types_of, until
-
-
-@pytest.fixture
-def settings(kafka: str, database_url: str, unique: str) -> Settings:
-    return settings_for(kafka=kafka, database_url=database_url, unique=unique)
-
-
-@pytest.fixture
-async def quiet(settings: Settings) -> AsyncIterator[Scene]:
-    """A log with a claimed lane, and no notifier yet."""
-    async with a_quiet_scene(settings) as scene:
-        yield scene
-
-
-@pytest.fixture
-async def scene(quiet: Scene) -> AsyncIterator[Scene]:
-    async with notifying(quiet.settings) as notifier:
-        quiet.port = notifier.port
-        yield quiet
+from tests.notifiers import SOON_S, Scene, a_token, types_of, until
 
 
 class Listener:

@@ -32,7 +32,7 @@ from tests.examples import (
     an_upload_started,
     an_upload_succeeded,
 )
-from tests.notifiers import Scene, Watcher, a_quiet_scene, following_projection, settings_for, types_of, until
+from tests.notifiers import Scene, Watcher, following_projection, settings_for, types_of, until
 
 PARTITIONS = 2
 
@@ -41,20 +41,6 @@ PARTITIONS = 2
 def settings(kafka: str, database_url: str, unique: str) -> Settings:
     settings = settings_for(kafka=kafka, database_url=database_url, unique=unique)
     return settings.model_copy(update={"partitions": PARTITIONS})
-
-
-@pytest.fixture
-async def quiet(settings: Settings) -> AsyncIterator[Scene]:
-    """A log with claimed lanes, and no notifier yet."""
-    async with a_quiet_scene(settings) as scene:
-        yield scene
-
-
-@pytest.fixture
-async def scene(quiet: Scene) -> AsyncIterator[Scene]:
-    async with notifying(quiet.settings) as notifier:
-        quiet.port = notifier.port
-        yield quiet
 
 
 @contextlib.asynccontextmanager
