@@ -86,7 +86,7 @@ class Tail:
         self._caught_up_at_s: float | None = None
         self._log_problem: str | None = None
         self._database_problem: str | None = None
-        self._asked_at_s = time.monotonic()
+        self._answered_at_s = time.monotonic()
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -191,7 +191,7 @@ class Tail:
 
     def _silence(self) -> str | None:
         """A Postgres that is paused refuses nothing: it only does not answer."""
-        silent_s = time.monotonic() - self._asked_at_s
+        silent_s = time.monotonic() - self._answered_at_s
         return f"Postgres has not answered for {silent_s:.0f} s" if silent_s > SILENCE_S_MAX else None
 
     def _waits(self) -> list[str]:
@@ -487,7 +487,7 @@ class Tail:
     async def _ask_projected(self) -> None:
         before = {number: partition.includes for number, partition in self._partitions.items()}
         lanes = await self._database.positions()
-        self._asked_at_s = time.monotonic()
+        self._answered_at_s = time.monotonic()
         for number, partition in self._partitions.items():
             partition.found(lanes[number].next_offset if number in lanes else 0, before=before[number])
         await self._renew(await self._database.generation())
@@ -502,7 +502,7 @@ class Tail:
             _log.info("read_models_rebuilt", generation=generation, batches=len(self._held))
             for held in list(self._held.values()):
                 await self._renew_held(held)
-                self._asked_at_s = time.monotonic()  # Postgres answers, however many there are
+                self._answered_at_s = time.monotonic()  # Postgres answers, however many there are
             for user_id in self._followed.users:
                 rows = await self._database.read(
                     "SELECT id FROM {generation}.upload_batches "
