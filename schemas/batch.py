@@ -94,7 +94,8 @@ class Lane:
 @dataclass(slots=True)
 class Batch:
     """A batch without its uploads. Offsets are of its own partition; times in milliseconds; `requests` maps the key
-    hash of each keyed request that made it or queued uploads to its body hash."""
+    hash of each keyed request that made it or queued uploads, again or for the first time, to its body hash, `retries`
+    that of each that queued uploads again to its newest effective offset."""
 
     id: str
     partition: int
@@ -125,6 +126,7 @@ class Batch:
     error_message: str | None = None
     started_ms: int | None = None
     completed_ms: int | None = None
+    retries: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -320,8 +322,7 @@ def _upload_queued(
         offset=fact.offset,
         place=fact.offset,
     )
-    if key_hash and body_hash and batch.requests.get(key_hash) != body_hash:
-        batch.requests = {**batch.requests, key_hash: body_hash}
+    _keep_request(batch, event.request)
     batch.queued += 1
     batch.size_bytes += event.size_bytes
     batch.last_queued_ms = lane.time_ms
@@ -406,12 +407,18 @@ def _retried(
     assert batch is not None
     if upload is None or upload.batch_id != batch.id:
         return Ignored.UNKNOWN
-    if event.request and event.request.key_hash == upload.key_hash:
-        return Ignored.REPETITION if event.request.body_hash == upload.body_hash else Ignored.IDEMPOTENCY_KEY_REUSED
+    if _key_reused(batch, event.request):
+        return Ignored.IDEMPOTENCY_KEY_REUSED
+    retryable = upload.status == "failed" and event.queueing == upload.queueing + 1
+    if (retried := retried_at(batch, event.request)) is not None and not (retryable and upload.offset < retried):
+        return Ignored.REPETITION
     if batch.status == "cancelled":
         return Ignored.BATCH_ENDED
-    if upload.status != "failed" or event.queueing != upload.queueing + 1:
+    if not retryable:
         return Ignored.NOT_FAILED
+    _keep_request(batch, event.request)
+    if event.request:
+        batch.retries = {**batch.retries, event.request.key_hash: fact.offset}
     batch.move("failed", "queued")
     if batch.ended:
         batch.status = "processing"
@@ -542,6 +549,17 @@ def _key_reused(batch: Batch, request: Request | None) -> bool:
     return request is not None and batch.requests.get(request.key_hash, request.body_hash) != request.body_hash
 
 
+def retried_at(batch: Batch, request: Request | None) -> int | None:
+    """Where this request, known by its key, last queued uploads of the batch again; None where it never did. What
+    failed before that offset and is still failed it meant too, what failed after it, it did not."""
+    return batch.retries.get(request.key_hash) if request else None
+
+
+def _keep_request(batch: Batch, request: Request | None) -> None:
+    if request and request.key_hash not in batch.requests:
+        batch.requests = {**batch.requests, request.key_hash: request.body_hash}
+
+
 def _fingerprint(request: Request | None) -> tuple[str | None, str | None]:
     return (request.key_hash, request.body_hash) if request else (None, None)
 
@@ -573,5 +591,6 @@ __all__ = [
     "cancel_swept",
     "completion",
     "evolve",
+    "retried_at",
     "step",
 ]

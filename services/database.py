@@ -41,7 +41,7 @@ _UNAVAILABLE = (
     asyncpg.IdleInTransactionSessionTimeoutError,
 )
 _REFUSED = (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError)
-_GONE = (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError)
+_GONE = (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError)
 
 _BATCH_NAMES = {"offset": "last_offset"}
 _UPLOAD_NAMES = {"offset": "last_offset"}
@@ -121,6 +121,11 @@ def reaching() -> Iterator[None]:
         raise ReadModelsGone(
             f"the read models are gone from Postgres ({error}); the processor makes them anew from the log",
             told="the read models are gone from Postgres; the processor makes them anew from the log",
+        ) from error
+    except asyncpg.DiskFullError as error:
+        raise DatabaseUnavailable(
+            f"Postgres writes nothing more, since its disk is full: make room there ({error})",
+            told="the database's disk is full",
         ) from error
     except _UNAVAILABLE as error:
         why = str(error) or type(error).__name__

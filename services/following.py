@@ -9,7 +9,7 @@ who follows is told, and the log is read on for all others.
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from schemas.batch import Batch
@@ -92,9 +92,10 @@ class FollowedUsers:
                 del self._keeping[user_id]
 
 
-def is_by(user_id: str, fact: Fact) -> bool:
-    """Whether the fact says what this user did."""
-    return isinstance(fact.event, ByUser) and fact.event.user_id == user_id
+def touched_by(user_id: str, facts: Iterable[Fact | Undecodable]) -> set[str]:
+    """The batches with which this user did something, as these facts say."""
+    events = (fact.event for fact in facts if isinstance(fact, Fact))
+    return {event.batch_id for event in events if isinstance(event, ByUser) and event.user_id == user_id}
 
 
 def is_first_of_its_batch(event: ByUser) -> bool:

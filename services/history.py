@@ -3,13 +3,12 @@
 `Past` knows what the read models know: their index `batch_events` says where a batch's facts are, when each was
 appended and why it was ignored; Kafka has the facts. That suffices to fold exactly as everybody did: an ignored fact
 does nothing, and an effective one of a worker names the epoch it was effective under. `History` adds what the tail has
-beyond the read models, and who may see it. Reading is bounded: neighbouring offsets are read together, gaps skipped.
+beyond the read models, and who may see it.
 """
 
-import asyncio
 import contextlib
 import copy
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from schemas.batch import Batch, Changed, Ignored, Upload
@@ -17,16 +16,12 @@ from schemas.errors import Code, RequestError
 from schemas.events import Fact, decode
 from schemas.ids import is_id, partition_of
 from schemas.position import Position
-from schemas.records import StoredRecord
 from services.database import Database
-from services.eventlog import Log, LogReader, LogUnavailable
+from services.eventlog import Log, LogUnavailable, records_at
 from services.folding import Held
 from services.tail import Tail
 
-GAP_RECORDS_MAX = 200
-READ_RECORDS_MAX = 2_000
-READ_TIMEOUT_MS = 1_000
-READ_TIMEOUT_S = 10.0
+SILENCE_MAX_S = 10.0
 END_TIMEOUT_S = 2.0
 OFFSET_MAX = 2**62
 """Above every offset, and still a bigint of Postgres when one is added."""
@@ -76,16 +71,13 @@ class Past:
 
     async def facts(self, partition: int, entries: Sequence[_Entry]) -> AsyncGenerator[PastFact]:
         """The facts of these entries, in order."""
-        if not entries:
-            return
-        reader = self._log.reader([partition])
-        try:
-            by_offset = {entry.offset: entry for entry in entries}
-            async for fact in _read(reader, partition, [entry.offset for entry in entries]):
-                entry = by_offset[fact.offset]
+        by_offset = {entry.offset: entry for entry in entries}
+        places = [(partition, offset) for offset in by_offset]
+        async with contextlib.aclosing(records_at(self._log, places, silence_max_s=SILENCE_MAX_S)) as records:
+            async for record in records:
+                fact, entry = decode(record), by_offset[record.offset]
+                assert isinstance(fact, Fact), "what cannot be decoded has no place in the index"
                 yield PastFact(fact, entry.time_ms, entry.ignored)
-        finally:
-            await reader.close()
 
     async def before(self, batch_id: str, offset: int) -> Held:
         """The batch as it was before this offset, which the read models must include."""
@@ -167,8 +159,8 @@ class History:
         if not is_id(batch_id):
             raise _no_batch(batch_id)
         async with self._tail.hold(batch_id) as first:
-            if first is None:
-                await self._tail.reached_end(END_TIMEOUT_S)
+            if first is None and not await self._tail.reached_end(END_TIMEOUT_S):
+                raise LogUnavailable(f"{batch_id} is not known here, and the log cannot be read to its end; ask again")
             async with self._tail.hold(batch_id) as held:
                 if held is None or held.batch is None or held.batch.deleted or held.batch.user_id != user_id:
                     raise _no_batch(batch_id)
@@ -225,44 +217,6 @@ def refold(held: Held, past: PastFact, *, log_id: str) -> None:
     epoch: int | None = getattr(past.fact.event, "epoch", None)
     outcome = held.fold(past.fact, log_id=log_id, epoch=epoch, time_ms=past.time_ms)
     assert isinstance(outcome, Changed), f"{past.fact.partition}-{past.fact.offset} was effective, and is {outcome} now"
-
-
-async def _read(reader: LogReader, partition: int, offsets: Sequence[int]) -> AsyncIterator[Fact]:
-    """The facts at these ascending offsets. Raises LogUnavailable where they do not come."""
-    wanted = set(offsets)
-    for first, last in ranges(offsets):
-        await reader.seek(partition, first)
-        next_offset = first
-        while next_offset <= last:
-            records = await _some(reader, records_max=min(READ_RECORDS_MAX, last - next_offset + 1))
-            next_offset += len(records)
-            for record in records:
-                if record.offset in wanted:
-                    fact = decode(record)
-                    assert isinstance(fact, Fact), "what cannot be decoded has no place in the index"
-                    yield fact
-
-
-async def _some(reader: LogReader, *, records_max: int) -> list[StoredRecord]:
-    """The next records, at least one."""
-    try:
-        async with asyncio.timeout(READ_TIMEOUT_S):
-            while not (records := await reader.read(records_max=records_max, timeout_ms=READ_TIMEOUT_MS)):
-                pass  # bounded by the timeout
-            return records
-    except TimeoutError:
-        raise LogUnavailable(f"the log did not give old records within {READ_TIMEOUT_S:g} s; ask again") from None
-
-
-def ranges(offsets: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Ascending offsets as ranges to read, first and last; what lies close together is read through."""
-    first = last = offsets[0]
-    for offset in offsets[1:]:
-        if offset - last > GAP_RECORDS_MAX:
-            yield first, last
-            first = offset
-        last = offset
-    yield first, last
 
 
 def _offset_of(at: Position, partition: int) -> int:

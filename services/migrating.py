@@ -20,6 +20,7 @@ _log = logger("migrating")
 _COMPATIBLE_FROM = re.compile(r"^-- compatible-from: (\d{4})$", re.MULTILINE)
 _OPERATIONS_TABLE = re.compile(r"^CREATE TABLE (sluice_ops\.\w+)", re.MULTILINE)
 _GENERATION_TABLE = re.compile(r"^CREATE TABLE \{generation\}\.(\w+)", re.MULTILINE)
+_ADDITION = re.compile(r"^ALTER TABLE \{generation\}\.(\w+) ADD COLUMN (\w+) .*;$", re.MULTILINE)
 _VIEW = re.compile(r"^CREATE OR REPLACE VIEW (public\.\w+)", re.MULTILINE)
 
 
@@ -86,6 +87,7 @@ async def ensure_generation(connection: Any) -> None:
         await connection.execute(f"DROP SCHEMA IF EXISTS {generation} CASCADE")
         await connection.execute(script("generation.sql").replace("{generation}", generation))
         _log.info("read_models_created", generation=generation)
+    await _add_columns(connection, generation)
     views = script("views.sql")
     if missing or await _missing(connection, _VIEW.findall(views)):
         await connection.execute("CREATE SCHEMA IF NOT EXISTS public")
@@ -123,6 +125,19 @@ async def _forget_the_broken(connection: Any, applied: dict[str, str], scripts: 
         await connection.execute(f"DROP TABLE IF EXISTS {table} CASCADE")
     await connection.execute("DELETE FROM sluice_ops.migrations WHERE name = ANY($1)", list(applied))
     applied.clear()
+
+
+async def _add_columns(connection: Any, generation: str) -> None:
+    """Looks before it alters: that would wait for everybody who uses the table."""
+    for addition in _ADDITION.finditer(script("additions.sql")):
+        table, column = addition.groups()
+        if not await connection.fetchval(
+            "SELECT true FROM pg_attribute WHERE attrelid = to_regclass($1) AND attname = $2",
+            f"{generation}.{table}",
+            column,
+        ):
+            await connection.execute(addition[0].replace("{generation}", generation))
+            _log.info("read_models_extended", table=table, column=column, old_rows="filled by `sluice replay`")
 
 
 async def _live(connection: Any) -> str:

@@ -7,15 +7,17 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
+from schemas.batch import Lane
 from schemas.position import Position
+from schemas.views import rfc3339
 from services.auth import Authenticator
 from services.blobs import BlobStore, LocalBlobs, S3Blobs, StorageUnavailable
 from services.database import Database, DatabaseUnavailable
-from services.eventlog import EventLog, Log, LogIdentity, LogRefused, LogSettings, LogUnavailable
+from services.eventlog import EventLog, Log, LogIdentity, LogRefused, LogSettings, LogUnavailable, records_at
 from services.keys import KeysUnavailable
 from services.lifecycle import StartError, closing, stopwatch
 from services.observability import logger
@@ -65,6 +67,7 @@ async def open_stores(settings: Settings, *, service: str) -> AsyncIterator[Stor
             )
         async with stopwatch("log and read models belong together"):
             await _patiently("Postgres", lambda: _check_same_log(database, identity.log_id, topic=settings.log_topic))
+            await _patiently("Kafka", lambda: _check_same_past(database, log, partitions=settings.partitions))
         yield Stores(log, identity, database, functools.partial(_topic_complaint, log, settings))
 
 
@@ -140,6 +143,31 @@ async def _check_same_log(database: Database, log_id: str, *, topic: str) -> Non
                 "make the read models anew from this log with `sluice replay`, or bring the other log back with "
                 "`sluice log import`"
             )
+
+
+async def _check_same_past(database: Database, log: Log, *, partitions: int) -> None:
+    lanes = {number: lane for number, lane in (await database.positions()).items() if number < partitions}
+    if found := await grown_again(log, lanes):
+        raise StartError(
+            f"{found}: rebuild the read models from the log as it is with `sluice replay`, or bring back what it was "
+            "with `sluice log import`"
+        )
+
+
+async def grown_again(log: Log, lanes: Mapping[int, Lane]) -> str | None:
+    """A sentence where the log lost its end and reaches as far as the read models again, with other records: none that
+    they include is newer than the newest time they know, and one that came in its place is. Raises LogUnavailable."""
+    newest = records_at(log, [(number, lane.next_offset - 1) for number, lane in lanes.items() if lane.next_offset])
+    with contextlib.suppress(LogRefused):  # it does not reach so far; who reads on from there says so
+        async with contextlib.aclosing(newest) as records:
+            async for record in records:
+                if record.timestamp_ms > (time_ms := lanes[record.partition].time_ms):
+                    return (
+                        f"{log.settings.topic} lost its end and grew again: the read models include its record "
+                        f"{record.partition}-{record.offset} as it was by {rfc3339(time_ms)}, the one that is there "
+                        f"was appended {rfc3339(record.timestamp_ms)}"
+                    )
+    return None
 
 
 async def _patiently(part: str, attempt: Callable[[], Awaitable[T]]) -> T:

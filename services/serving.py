@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -214,8 +214,9 @@ LOST: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {404: _lo
 """What a Starlette app of a few routes answers with where it has none."""
 
 
-def health_routes(problems: Callable[[], list[str]]) -> list[Route]:
-    """`/livez` (the process runs), `/readyz` (503 with what `problems` says) and `/metrics`."""
+def health_routes(problems: Callable[[], list[str]], degraded: Callable[[], Sequence[str]] = tuple) -> list[Route]:
+    """`/livez` (the process runs), `/readyz` (503 with what `problems` says; `degraded` is said and costs nothing) and
+    `/metrics`."""
 
     async def live(_request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -223,7 +224,8 @@ def health_routes(problems: Callable[[], list[str]]) -> list[Route]:
     async def ready(_request: Request) -> Response:
         found = problems()
         return JSONResponse(
-            {"status": "failing" if found else "ok", "problems": found}, status_code=503 if found else 200
+            {"status": "failing" if found else "ok", "problems": found, "degraded": list(degraded())},
+            status_code=503 if found else 200,
         )
 
     async def metrics(_request: Request) -> Response:

@@ -8,18 +8,18 @@ uploads that are named in a record nobody could decode are spared. What is wante
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from services.blobs import BlobMissing, BlobStore, Lying, Shelf
 from services.database import Database
-from services.eventlog import EventLog
+from services.eventlog import EventLog, records_at
 
 CAUGHT_UP_TIMEOUT_S = 30.0
 ROWS_AT_ONCE = 500
 QUARANTINED_MAX = 1_000
-READ_TIMEOUT_MS = 10_000
 _FIRST_ID = "00000000-0000-0000-0000-000000000000"
 _COLUMNS = (
     "id, batch_id, filename, blob, size_bytes, sha256, status, attempts, "
@@ -96,8 +96,10 @@ class Sweeper:
         if log_id is None or found is None:
             raise SweepRefused(f"there is no log {self.log.settings.topic}: is this the Kafka of this blob store?")
         reader = self.log.reader(range(found.partitions))
-        ends = await reader.ends()
-        await reader.close()
+        try:
+            ends = await reader.ends()
+        finally:
+            await reader.close()
         projected, lost = asyncio.Event(), asyncio.Event()
         connection = await self.database.listen(lambda _partition, _offset: projected.set(), lost)
         try:
@@ -206,16 +208,9 @@ class Sweeper:
         )
         if len(rows) > QUARANTINED_MAX:
             raise SweepRefused(f"more than {QUARANTINED_MAX} records are in quarantine: mend that first")
-        values: list[bytes] = []
-        for row in rows:
-            reader = self.log.reader([row["partition"]])
-            await reader.seek(row["partition"], row["record_offset"])
-            records = await reader.read(records_max=1, timeout_ms=READ_TIMEOUT_MS)
-            await reader.close()
-            if not records:
-                raise SweepRefused("a record in quarantine cannot be read from the log; try again")
-            values += [record.value for record in records if record.value is not None]
-        return values
+        places = [(row["partition"], row["record_offset"]) for row in rows]
+        async with aclosing(records_at(self.log, places)) as records:
+            return [record.value async for record in records if record.value is not None]
 
 
 def unwanted(lying: Sequence[Lying], upload: Any) -> list[Lying]:

@@ -19,7 +19,7 @@ from schemas.position import Position
 from services.database import Database, DatabaseUnavailable, Snapshot
 from services.eventlog import Log, LogError, LogReader, LogUnavailable
 from services.folding import Folded, Held, Kept
-from services.following import FollowedUsers, is_by
+from services.following import FollowedUsers, touched_by
 from services.lifecycle import cancelled
 from services.observability import LOG_LAG, TAIL_BATCHES_HELD, TAIL_FACTS_HELD, logger, say_change
 from services.partitions import Partition, first_waiting
@@ -75,6 +75,8 @@ class Tail:
         self._kept: dict[str, list[Kept]] = {}
         self._batch_of_upload: dict[str, str] = {}
         self._loading: dict[str, asyncio.Task[Held]] = {}
+        self._in_hand: list[Fact | Undecodable] = []
+        """Read, and to be taken when the batches are in memory that must be."""
         self._bringing: set[str] = set()
         self._followed = FollowedUsers()
         self.keeping = self._followed.keeping
@@ -347,12 +349,15 @@ class Tail:
         """
         assert self._past is not None, "a tail that follows users needs to look at the past"
         self._followed.add(user_id, on_lost)
-        return frozenset(b for b, facts in self._kept.items() if any(is_by(user_id, each.fact) for each in facts))
+        in_hand = touched_by(user_id, self._in_hand)
+        self._bringing |= in_hand
+        return frozenset(in_hand.union(*(touched_by(user_id, (k.fact for k in kept)) for kept in self._kept.values())))
 
     def let_sleep(self, user_id: str, batch_ids: Collection[str]) -> set[str]:
         """Have these unfinished batches of a followed user in memory only when facts name them. Without the result:
         those there already, or with facts that what the caller read may not include; these are to be held once."""
-        awake = {batch_id for batch_id in batch_ids if batch_id in self._held or batch_id in self._kept}
+        in_hand = {fact.batch_id for fact in self._in_hand if isinstance(fact, Fact)}
+        awake = {each for each in batch_ids if each in self._held or each in self._kept or each in in_hand}
         self._followed.let_sleep(user_id, set(batch_ids) - awake)
         return awake
 
@@ -407,11 +412,12 @@ class Tail:
                 await asyncio.sleep(WATCH_INTERVAL_S / 2)
                 continue
             self._say_log_problem(None)
-            facts = [decode(record) for record in records]
+            self._in_hand = [decode(record) for record in records]
             if self._followed:
-                await self._bring_followed(facts)
-            for fact in facts:
+                await self._bring_followed(self._in_hand)
+            for fact in self._in_hand:
                 self._take(fact)
+            self._in_hand = []
             self._bringing.clear()
             self._conditions.wake()
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from schemas.events import Envelope, LogEvent, encode
 from schemas.records import NewRecord, StoredRecord
-from services.archive.exporting import Exporter, Progress, read_records
+from services.archive.exporting import Exporter, Progress
 from services.archive.importing import Imported, Importer
 from services.archive.manifest import Manifest
 from services.archive.places import Folder
 from services.archive.selecting import Selection, Whole
-from services.eventlog import EventLog, LogSettings, LogWriter
+from services.eventlog import EventLog, LogSettings, LogWriter, records_between
 from services.eventlog.restoring import Restoration
 from tests.examples import (
     OTHER_USER,
@@ -74,7 +74,7 @@ class Archived:
         ends = await reader.ends()
         await reader.close()
         return [
-            [record async for records in read_records(self.log, number, 0, ends[number]) for record in records]
+            [record async for records in records_between(self.log, number, 0, ends[number]) for record in records]
             for number in range(PARTITIONS)
         ]
 

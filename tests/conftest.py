@@ -22,8 +22,9 @@ import pytest
 
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
 from tests.faults.real.reporting import pytest_sessionfinish, pytest_terminal_summary, pytest_testnodedown
+from tests.turns import pytest_runtest_protocol
 
-__all__ = ["pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
+__all__ = ["pytest_runtest_protocol", "pytest_sessionfinish", "pytest_terminal_summary", "pytest_testnodedown"]
 
 
 @contextmanager

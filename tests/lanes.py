@@ -20,11 +20,11 @@ from schemas.batch import Batch, Upload
 from schemas.events import BatchCreated, BatchSealed, Envelope, Fact, Limits, LogEvent, UploadQueued, decode, encode
 from schemas.ids import new_id
 from services.database import Database
-from services.embedded.folders import free_ports
-from services.eventlog import EventLog, LogSettings
+from services.eventlog import EventLog, LogSettings, LogUnavailable
 
 PICTURES = Path(__file__).parent.parent / "services" / "demo" / "pictures"
-WAIT_S = 30.0
+WAIT_S = 80.0
+"""Longer than a batch takes on a machine that is busy with other things, and stands still now and then."""
 
 
 def a_new_id() -> str:
@@ -73,7 +73,7 @@ class Lane:
     async def append(self, events: Sequence[LogEvent]) -> None:
         writer = self.log.writer()
         records = [encode(event, Envelope(id=a_new_id(), source="test", time="")) for event in events]
-        await writer.append(0, records, timeout_s=10)
+        await writer.append(0, records, timeout_s=WAIT_S)
         await writer.close()
 
     async def queue_pictures(self, names: Sequence[str], *, user_id: str = "ada", seal: bool = True) -> str:
@@ -138,7 +138,8 @@ class Lane:
         end = (await reader.ends())[0]
         records = []
         while len(records) < end:
-            records += await reader.read(records_max=10_000, timeout_ms=1_000)
+            with contextlib.suppress(LogUnavailable):
+                records += await reader.read(records_max=10_000, timeout_ms=1_000)
         await reader.close()
         return [fact for fact in map(decode, records) if isinstance(fact, Fact)]
 
@@ -146,7 +147,9 @@ class Lane:
 @contextlib.asynccontextmanager
 async def a_lane(*, kafka: str, database_url: str, unique: str, folder: Path) -> AsyncIterator[Lane]:
     """A lane whose topics, tables and folder exist; processors started on it are killed at the end."""
-    settings = LogSettings(bootstrap_servers=kafka, topic=unique, progress_topic=f"{unique}.progress")
+    settings = LogSettings(
+        bootstrap_servers=kafka, topic=unique, progress_topic=f"{unique}.progress", request_timeout_ms=20_000
+    )
     blobs = folder / "blobs"
     blobs.mkdir()
     async with EventLog.open(settings) as log:
@@ -164,7 +167,7 @@ async def a_lane(*, kafka: str, database_url: str, unique: str, folder: Path) ->
                 "SLUICE_LOG_TOPIC": unique,
                 "SLUICE_PROGRESS_TOPIC": f"{unique}.progress",
                 "SLUICE_BLOB_URL": blobs.as_uri(),
-                "SLUICE_PROCESSOR_PORT": str(free_ports(1)[0]),
+                "SLUICE_PROCESSOR_PORT": "0",
             },
         )
         try:

@@ -8,27 +8,34 @@ import asyncio
 import contextlib
 import json
 import os
-import socket
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
 from schemas.events import Envelope, LogEvent, UploadProgressed, encode
 from schemas.ids import new_id
 from schemas.position import Position
+from schemas.records import StoredRecord
+from services import tail, tailing
 from services.auth import make_token
-from services.database import Database
-from services.eventlog import EventLog, Log, LogSettings, LogWriter
+from services.database import Database, DatabaseUnavailable
+from services.eventlog import EventLog, Log, LogSettings, LogUnavailable, LogWriter
 from services.lifecycle import cancelled
+from services.notifier import followings, sessions, subscriptions, watches
 from services.processor.projection import Projection
 from services.processor.rows import Rows
 from services.settings import Settings
 from tests.examples import BATCH, USER, a_lane_claimed
 
 SECRET = "a secret of tests, at least thirty-two bytes long"
-SOON_S = 15.0
+SOON_S = 45.0
+"""What comes at all comes soon; but a busy machine may stand still for some seconds on the way."""
 
 
 class Watcher:
@@ -42,9 +49,9 @@ class Watcher:
     async def say(self, *messages: dict[str, Any]) -> None:
         await self.socket.send("\n".join(json.dumps(message) for message in messages))
 
-    async def hear(self) -> dict[str, Any]:
+    async def hear(self, *, within_s: float | None = SOON_S) -> dict[str, Any]:
         """The next message."""
-        async with asyncio.timeout(SOON_S):
+        async with asyncio.timeout(within_s):
             while not self._unread:
                 frame = await self.socket.recv()
                 assert isinstance(frame, str)
@@ -72,6 +79,15 @@ class Watcher:
 
     async def subscribe_user(self, **more: Any) -> dict[str, Any]:
         return await self.ask({"type": "subscribe", "user": True, **more})
+
+    async def until_read(self, position: Position, *, user: str = USER) -> None:
+        """Wait until the notifier has read the log so far: it says where it is whenever it is shown a token."""
+        async with asyncio.timeout(SOON_S):
+            while True:
+                ready = await self.ask({"type": "auth", "token": a_token(user)})
+                assert ready["type"] == "ready"
+                if Position.parse(ready["position"]).includes(position):
+                    return
 
     async def silence(self) -> None:
         """Nothing waits for us: the answer to a ping comes first."""
@@ -106,6 +122,15 @@ class Scene:
     def progress(self, event: UploadProgressed) -> None:
         self.log.publish_progress(0, encode(event, an_envelope()))
 
+    async def progress_arrives(self, event: UploadProgressed, hear: Callable[[], Awaitable[Any]]) -> None:
+        """Say it again and again until something is heard: what is said before the notifier has found the end of that
+        topic is lost, as it may be. Copies of it may be heard later."""
+        hearing = asyncio.ensure_future(hear())
+        while not hearing.done():
+            self.progress(event)
+            await asyncio.wait({hearing}, timeout=0.05)
+        await hearing
+
     @contextlib.asynccontextmanager
     async def connected(self, user: str | None = USER, **options: Any) -> AsyncIterator[Watcher]:
         """A client that is authenticated as the user, or not at all for None."""
@@ -123,6 +148,13 @@ def an_envelope() -> Envelope:
 
 def a_token(user: str = USER, *, ttl_s: float | None = 3600, secret: str = SECRET) -> str:
     return make_token(user, secret, ttl_s=ttl_s)
+
+
+def end_tokens_of_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have connections end a second after they were shown a token made now for an hour. A token for a second might be
+    over before it is shown."""
+    almost_s = int(time.time()) + 3600 - 1
+    monkeypatch.setattr(sessions, "time", SimpleNamespace(time=lambda: almost_s))
 
 
 def settings_for(*, kafka: str, database_url: str, unique: str) -> Settings:
@@ -143,6 +175,33 @@ def settings_for(*, kafka: str, database_url: str, unique: str) -> Settings:
 @contextlib.asynccontextmanager
 async def a_quiet_scene(settings: Settings) -> AsyncIterator[Scene]:
     """A log with claimed lanes, and no notifier yet."""
+    with patient():
+        async with _a_log(settings) as scene:
+            yield scene
+
+
+@contextlib.contextmanager
+def patient() -> Iterator[None]:
+    """Notifiers of this process wait for a log or a database that is slow, where they would else say that they cannot
+    tell, or tell in another way: the machine may stand still for as long."""
+    with contextlib.ExitStack() as stack:
+        for place, name in PATIENCE:
+            stack.enter_context(mock.patch.object(place, name, SOON_S))
+        yield
+
+
+PATIENCE: tuple[tuple[ModuleType, str], ...] = (
+    (tailing, "CAUGHT_UP_WAIT_S"),
+    (tail, "LOAD_TIMEOUT_S"),
+    (tail, "FOLLOWED_LOAD_TIMEOUT_S"),
+    (watches, "END_TIMEOUT_S"),
+    (subscriptions, "SINCE_TIMEOUT_S"),
+    (followings, "REACHED_TIMEOUT_S"),
+)
+
+
+@contextlib.asynccontextmanager
+async def _a_log(settings: Settings) -> AsyncIterator[Scene]:
     log_settings = LogSettings(
         bootstrap_servers=settings.kafka_bootstrap_servers,
         topic=settings.log_topic,
@@ -176,9 +235,13 @@ async def following_projection(scene: Scene, *, partition: int = 0) -> AsyncIter
     await reader.seek(partition, projection.lane.next_offset)
 
     async def project() -> None:
+        records: list[StoredRecord] = []
         while True:
-            await projection.fold(await reader.read(records_max=50, timeout_ms=50))
-            await projection.flush()
+            with contextlib.suppress(LogUnavailable, DatabaseUnavailable):  # as a processor: it comes back
+                records = records or await reader.read(records_max=50, timeout_ms=50)
+                await projection.fold(records)
+                records = []
+                await projection.flush()
 
     projecting = asyncio.create_task(project())
     try:
@@ -196,10 +259,3 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(SOON_S):
         while not condition():  # noqa: ASYNC110  # there is no event to wait for
             await asyncio.sleep(0.01)
-
-
-def a_free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-    return port

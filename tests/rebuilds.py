@@ -27,6 +27,7 @@ from tests.examples import (
     a_batch_sealed,
     a_lane_claimed,
     a_log_created,
+    a_request,
     an_id,
     an_upload_attempt_failed,
     an_upload_failed,
@@ -82,7 +83,8 @@ def _next(  # noqa: PLR0911  # one return a thing that may happen
     if upload.status == "queued":
         return an_upload_started(upload_id, batch_id, attempt=upload.attempts + 1, epoch=1)
     if upload.status == "failed":
-        return an_upload_retried(upload_id, batch_id, queueing=upload.queueing + 1, user_id=user_id)
+        request = a_request(f"retry of {upload_id}") if chance.random() < 0.5 else None
+        return an_upload_retried(upload_id, batch_id, queueing=upload.queueing + 1, user_id=user_id, request=request)
     ended = chance.choice([an_upload_succeeded, an_upload_failed, an_upload_attempt_failed, an_upload_interrupted])
     return ended(upload_id, batch_id, attempt=upload.attempts or 1, epoch=1)
 

@@ -51,7 +51,8 @@ CREATE TABLE {generation}.upload_batches (
     last_offset bigint NOT NULL,
     last_queued_ms bigint NOT NULL,
     started_ms bigint,
-    completed_ms bigint
+    completed_ms bigint,
+    retries json NOT NULL DEFAULT '{}'
 );
 CREATE INDEX ON {generation}.upload_batches (user_id, created_ms DESC, created_offset DESC, partition DESC);
 CREATE INDEX ON {generation}.upload_batches (partition) WHERE status IN ('pending', 'processing');

@@ -7,7 +7,7 @@ others write too; `refusal` then says why. Where nothing is to be appended (seal
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from schemas.batch import CODE_OF, Batch, Ignored, Upload
+from schemas.batch import CODE_OF, Batch, Ignored, Upload, retried_at
 from schemas.errors import Code, RequestError
 from schemas.events import (
     BatchCancelled,
@@ -123,7 +123,8 @@ def delete(batch: Batch, *, user_id: str) -> list[LogEvent]:
 
 def retry_upload(batch: Batch, upload: Upload, *, user_id: str, request: Request | None) -> list[LogEvent]:
     """Nothing for a request that did this before; raises RequestError where there is nothing to retry."""
-    if _retried_by(batch, upload, request):
+    same_request(batch, request)
+    if retried_at(batch, request) is not None:
         return []
     if batch.status == "cancelled":
         raise refusal(Ignored.BATCH_ENDED, batch)
@@ -133,13 +134,16 @@ def retry_upload(batch: Batch, upload: Upload, *, user_id: str, request: Request
 
 
 def retry_batch(batch: Batch, uploads: Collection[Upload], *, user_id: str, request: Request | None) -> list[LogEvent]:
-    """Every failed upload again, but for those that this very request queued before."""
-    before = [upload for upload in uploads if _retried_by(batch, upload, request)]
-    if batch.status == "cancelled" and not before:
-        raise refusal(Ignored.BATCH_ENDED, batch)
-    ids = {upload.id for upload in before}
-    failed = [upload for upload in uploads if upload.status == "failed" and upload.id not in ids]
-    return [_retried(upload, user_id=user_id, request=request) for upload in failed]
+    """Every failed upload again; of a request that did this before, only those of which the log did not hear then."""
+    same_request(batch, request)
+    retried = retried_at(batch, request)
+    if batch.status == "cancelled":
+        if retried is None:
+            raise refusal(Ignored.BATCH_ENDED, batch)
+        return []
+    failed = [upload for upload in uploads if upload.status == "failed"]
+    meant = [upload for upload in failed if retried is None or upload.offset < retried]
+    return [_retried(upload, user_id=user_id, request=request) for upload in meant]
 
 
 def named_upload_id(batch_id: str, filename: str) -> str:
@@ -203,15 +207,6 @@ def refused_file(code: Code, *, limits: Limits) -> str:
 def limits_of(batch: Batch) -> Limits:
     """The limits that bind this batch for ever."""
     return Limits(files_max=batch.files_max, batch_bytes_max=batch.batch_bytes_max, file_bytes_max=batch.file_bytes_max)
-
-
-def _retried_by(batch: Batch, upload: Upload, request: Request | None) -> bool:
-    """Whether this request queued the upload last; raises RequestError where its key did so with another body."""
-    if request is None or upload.key_hash != request.key_hash:
-        return False
-    if upload.body_hash != request.body_hash:
-        raise refusal(Ignored.IDEMPOTENCY_KEY_REUSED, batch)
-    return True
 
 
 def _retried(upload: Upload, *, user_id: str, request: Request | None) -> UploadRetried:

@@ -35,6 +35,7 @@ class Delivery:
     intake: Intake
     limits: Limits
     became: list[Became] = field(default_factory=list)
+    turned_away: dict[str, RequestError] = field(default_factory=dict)
 
     def new_files(self, uploads: Mapping[str, Upload]) -> list[StoredFile]:
         """The files whose bytes are in the store and that the batch does not have yet."""
@@ -50,6 +51,16 @@ class Delivery:
             for part in self.parts
             if part.filename and part.incoming.content_type and part.incoming.kept and part.upload_id not in uploads
         ]
+
+    def addable_files(self, batch: Batch, uploads: Mapping[str, Upload]) -> list[StoredFile]:
+        """The new files of a batch that still takes any; those of one that does not are turned away, without a fact."""
+        files = self.new_files(uploads)
+        try:
+            decisions.addable(batch)
+        except RequestError as error:
+            self.turned_away = {file.upload_id: error for file in files}
+            return []
+        return files
 
     async def append(self, events: Sequence[LogEvent], *, writing: Writing, caller: Caller) -> None:
         """Append the events of these files and hear what became of them; raises RequestError as `Writing.append`."""
@@ -74,18 +85,18 @@ class Delivery:
         await self._drop(used=frozenset(upload.blob for upload in accepted))
         FILES_RECEIVED.labels("accepted").inc(len(accepted))
         FILES_RECEIVED.labels("refused").inc(len(self.parts) - len(accepted))
-        by_log = {
+        by_batch = self.turned_away | {
             each.event.upload_id: decisions.refusal(each.ignored, batch)
             for each in self.became
             if isinstance(each.event, UploadQueued) and each.ignored is not None
         }
-        for error in by_log.values():
+        for error in by_batch.values():
             if not accepted and error.code in _OF_THE_WHOLE_REQUEST:
                 raise error
-        return accepted, self.rejected(by_log)
+        return accepted, self.rejected(by_batch)
 
-    def rejected(self, by_log: Mapping[str, RequestError]) -> list[Rejected]:
-        """The files that were refused as they came, and those the log did not take, in the request's order."""
+    def rejected(self, by_batch: Mapping[str, RequestError]) -> list[Rejected]:
+        """The files that were refused as they came, and those the batch did not take, in the request's order."""
         found = []
         for part in self.parts:
             name = part.filename or part.given_name
@@ -93,7 +104,7 @@ class Delivery:
             if code is not None:
                 detail = decisions.refused_file(code, limits=self.limits)
                 found.append(Rejected(filename=name, code=code, detail=detail))
-            elif (error := by_log.get(part.upload_id)) is not None:
+            elif (error := by_batch.get(part.upload_id)) is not None:
                 found.append(Rejected(filename=name, code=error.code, detail=error.detail))
         return found
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Iterable, Mapping
+from urllib.parse import unquote_to_bytes
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -140,7 +141,7 @@ async def post_uploads(request: Request) -> Response:
             fingerprint = _fingerprint(key, form.body_hash)
             decisions.same_request(batch, fingerprint)
             delivery = Delivery(form.files, intake, limits)
-            files = delivery.new_files(uploads)
+            files = delivery.addable_files(batch, uploads)
             events = decisions.queue_files(files, batch_id=batch.id, user_id=caller.user_id, request=fingerprint)
             await delivery.append(events, writing=resources.writing, caller=caller)
             accepted, rejected = await delivery.settle(batch, uploads)
@@ -156,6 +157,10 @@ async def post_uploads(request: Request) -> Response:
 async def put_upload(request: Request) -> Response:
     """`PUT /v1/batches/{batch_id}/uploads/{filename}`: one file under its name; the same bytes again change nothing."""
     resources, caller = resources_of(request), await caller_of(request)
+    try:
+        unquote_to_bytes(request.scope["raw_path"]).decode()
+    except UnicodeDecodeError:  # decoded with substitutes, two such names would be one
+        raise RequestError(Code.INVALID_REQUEST, "the file's name in the path is not UTF-8; encode it so") from None
     filename = safe_filename(request.path_params["filename"])
     if filename is None:
         raise RequestError(Code.INVALID_REQUEST, "nothing is left of the file's name; give it another")

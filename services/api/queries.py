@@ -124,7 +124,7 @@ async def processors(database: Database) -> list[ProcessorView]:
             "SELECT partition, worker_id, state, epoch, attempt, degraded, problems, "
             "(extract(epoch FROM since) * 1000)::bigint AS since_ms, "
             "(extract(epoch FROM work_since) * 1000)::bigint AS work_since_ms, "
-            "greatest(0, extract(epoch FROM clock_timestamp() - heartbeat))::float8 AS heard_s "
+            "abs(extract(epoch FROM clock_timestamp() - heartbeat))::float8 AS heard_s "
             "FROM sluice_ops.processors ORDER BY partition, state DESC, heartbeat DESC"
         )
     return [

@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from schemas.batch import Batch, Ignored, Upload
+from schemas.batch import Batch, Ignored, Upload, retried_at
 from schemas.events import LogEvent
 from schemas.events import Request as Fingerprint
 from schemas.views import BatchPage, BatchStatus, BatchView, EventPage, UploadPage, UploadStatus, UploadView
@@ -163,6 +163,7 @@ async def retry_batch(request: Request, by: By, resources: With, batch_id: str) 
         batch_id,
         lambda batch, uploads: decisions.retry_batch(batch, uploads.values(), user_id=by.user_id, request=fingerprint),
         passed_over=frozenset({Ignored.NOT_FAILED}),  # somebody else retried it first: it is as was wished
+        request=fingerprint,
     )
 
 
@@ -181,7 +182,7 @@ async def retry_upload(request: Request, by: By, resources: With, upload_id: str
         if upload_id not in uploads:
             raise decisions.not_found("upload")
         events = decisions.retry_upload(batch, uploads[upload_id], user_id=by.user_id, request=fingerprint)
-        offset = await _append(resources, by, batch, events)
+        offset = await _append(resources, by, batch, events, request=fingerprint)
         if upload_id not in uploads:
             raise decisions.not_found("upload")
         return answer(
@@ -209,11 +210,12 @@ async def _change_batch(
     decide: Decide,
     *,
     passed_over: frozenset[Ignored] = frozenset(),
+    request: Fingerprint | None = None,
 ) -> Response:
     """Append what `decide` says of the batch and answer with the batch as it is then; raises RequestError."""
     resources.writing.check_open()
     async with resources.writing.theirs(batch_id, by) as (batch, uploads):
-        offset = await _append(resources, by, batch, decide(batch, uploads), passed_over=passed_over)
+        offset = await _append(resources, by, batch, decide(batch, uploads), passed_over=passed_over, request=request)
         if batch.deleted:
             raise decisions.not_found("batch")
         return answer(
@@ -230,14 +232,15 @@ async def _append(
     events: Sequence[LogEvent],
     *,
     passed_over: frozenset[Ignored] = frozenset(),
+    request: Fingerprint | None = None,
 ) -> int:
-    """The offset to answer with: of the newest effective fact, or the batch's where there is none."""
-    if not events:
-        return batch.offset
+    """The offset to answer with: of the newest effective fact of this request, whenever it came, or the batch's."""
     became = await resources.writing.append(events, partition=batch.partition, caller=by)
     for each in became:
         if each.ignored is not None and each.ignored not in passed_over:
             raise decisions.refusal(each.ignored, batch)
+    if (retried := retried_at(batch, request)) is not None:
+        return retried
     return max((each.offset for each in became if _effective(each)), default=batch.offset)
 
 

@@ -21,13 +21,10 @@ from services.archive.lines import Gap, Item, written
 from services.archive.manifest import ArchiveRefused, Manifest, Segment, checked, load, save
 from services.archive.places import Place
 from services.archive.selecting import Selection
-from services.eventlog import EventLog, LogReader, LogUnavailable
+from services.eventlog import EventLog, records_between
 
 SEGMENT_BYTES_MAX = 32 * 1024 * 1024
 """Of lines before compression: what is held in memory, and what a kill loses at most."""
-READ_RECORDS_MAX = 5_000
-READ_TIMEOUT_MS = 500
-SILENCE_TIMEOUT_S = 30.0
 LEVEL = 3
 
 
@@ -119,7 +116,7 @@ class Exporter:
         """What is missing of a partition up to the end that is wanted, segment by segment."""
         end, before = wanted[partition], sum(wanted[p] for p in wanted if p < partition)
         lines = _Lines(partition, manifest.reached(partition))
-        async with aclosing(read_records(self.log, partition, lines.next_offset, end)) as groups:
+        async with aclosing(records_between(self.log, partition, lines.next_offset, end)) as groups:
             async for records in groups:
                 for record in records:
                     lines.add(record, self.selection.take(record))
@@ -148,7 +145,7 @@ class Exporter:
 
     async def _scan(self, partition: int, end: int) -> AsyncGenerator[list[StoredRecord]]:
         """A whole partition, for what must be known before the export."""
-        async with aclosing(read_records(self.log, partition, 0, end)) as groups:
+        async with aclosing(records_between(self.log, partition, 0, end)) as groups:
             async for records in groups:
                 self.on_progress(Progress(f"looking through partition {partition}", records[-1].offset + 1, end))
                 yield records
@@ -199,39 +196,6 @@ class _Lines:
     def _write(self, item: Item) -> None:
         self._lines.append(written(item))
         self.size_bytes += len(self._lines[-1]) + 1
-
-
-async def read_records(log: EventLog, partition: int, first: int, end: int) -> AsyncGenerator[list[StoredRecord]]:
-    """The records of a partition from one offset up to and without another. Raises LogUnavailable where Kafka says
-    nothing for SILENCE_TIMEOUT_S, LogRefused."""
-    if first >= end:
-        return
-    reader = log.reader([partition])
-    try:
-        await reader.seek(partition, first)
-        while first < end:
-            records = await _some(reader, records_max=min(READ_RECORDS_MAX, end - first))
-            first += len(records)
-            yield records
-    finally:
-        await reader.close()
-
-
-async def _some(reader: LogReader, *, records_max: int) -> list[StoredRecord]:
-    """The next records, at least one."""
-    problem = "no records came"
-    try:
-        async with asyncio.timeout(SILENCE_TIMEOUT_S):
-            while True:
-                try:
-                    if records := await reader.read(records_max=records_max, timeout_ms=READ_TIMEOUT_MS):
-                        return records
-                except LogUnavailable as error:  # the reader goes on where it was when Kafka is back
-                    problem = str(error)
-    except TimeoutError:
-        raise LogUnavailable(
-            f"Kafka gave nothing for {SILENCE_TIMEOUT_S:g} s ({problem}): run the same command again, it goes on"
-        ) from None
 
 
 def _packed(lines: list[bytes]) -> bytes:

@@ -17,11 +17,11 @@ from schemas.events import Envelope, LogCreated, encode
 from schemas.ids import derived_id
 from schemas.position import Position
 from schemas.records import StoredRecord
-from services.archive.exporting import OnProgress, Progress, read_records
+from services.archive.exporting import OnProgress, Progress
 from services.archive.lines import DamagedLineError, Gap, Item, read
 from services.archive.manifest import ArchiveRefused, Manifest, Segment, checked, load
 from services.archive.places import Place
-from services.eventlog import EventLog, LogRefused
+from services.eventlog import EventLog, LogRefused, records_between
 from services.eventlog.identity import imported_created, log_created, random_log_id
 from services.eventlog.restoring import Restoration, size_of
 
@@ -149,7 +149,7 @@ class Importer:
             return
         async with aclosing(self._records(manifest, partition, end - 1)) as records:
             expected = await anext(records)
-        async with aclosing(read_records(self.log, partition, end - 1, end)) as groups:
+        async with aclosing(records_between(self.log, partition, end - 1, end)) as groups:
             ((found,),) = [records async for records in groups]
         if found != expected:
             raise ArchiveRefused(

@@ -23,7 +23,6 @@ T = TypeVar("T")
 
 COPY_BYTES_MAX = 5_000_000_000
 _KEYS_AT_ONCE = 1_000
-_PARTS_AT_ONCE = 2
 _CONNECT_TIMEOUT_S = 3
 _REQUEST_TIMEOUT_S = 30
 _RETRIES_MAX = 4
@@ -100,7 +99,10 @@ class Bucket:
         await self._written(obstore.put_async(self._store, key, content, use_multipart=False))
 
     async def put_parts(self, key: str, pieces: AsyncIterator[bytes], *, part_bytes: int) -> None:
-        """The object, part by part; nothing of it where the pieces end with an error, which is raised."""
+        """The object, part by part; nothing of it where the pieces end with an error, which is raised.
+
+        A part is sent when its bytes came, and is there before the piece after the next one is asked for.
+        """
         await self._written(
             obstore.put_async(
                 self._store,
@@ -108,7 +110,7 @@ class Bucket:
                 pieces,
                 use_multipart=True,
                 chunk_size=part_bytes,
-                max_concurrency=_PARTS_AT_ONCE,
+                max_concurrency=1,
             )
         )
 

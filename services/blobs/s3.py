@@ -28,6 +28,9 @@ START_TIMEOUT_S = 20.0
 _FIRST_BYTES = 256 * 1024
 _READ_BYTES = 4 * 1024 * 1024
 _SETTLING_AT_ONCE = 16
+PARTS_AT_ONCE = 16
+"""So many parts of large files are sent at a time; the others wait, and their senders with them. What a request that
+sends a part needs is bounded by that; who has no full part yet, as slow as it may be, holds up nobody."""
 
 
 class S3Blobs:
@@ -37,6 +40,7 @@ class S3Blobs:
         self._bucket = bucket
         self._threads = Threads(bucket.url)
         self._places = asyncio.Semaphore(_SETTLING_AT_ONCE)
+        self._part_places = asyncio.Semaphore(PARTS_AT_ONCE)
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -99,7 +103,7 @@ class S3Blobs:
 
     async def _settle_one(self, sink: Sink) -> None:
         assert isinstance(sink, S3Sink), "a sink is settled by the store that gave it"
-        async with self._places:
+        async with self._part_places if sink.sends_part else self._places:
             await sink.settle()
 
     @contextlib.asynccontextmanager

@@ -1,11 +1,13 @@
 """A file on its way into a bucket: a small one in one request, a larger one part by part while it comes.
 
-Parts are sent as they fill, and nothing more is taken meanwhile, so memory stays flat whatever the size: of a large
-file one part waits and two are under way. A file that is given up is aborted there, so that no part of it stays; only
-a process that dies leaves parts behind, which a lifecycle rule of the bucket removes.
+A part is sent when it is full, and nothing more is taken until it is there, so a large file holds one part in memory
+whatever its size. How many are sent at once is the store's to say: who takes a turn has a part to send, and none is
+still waiting for its bytes. A file that is given up is aborted there, so that no part of it stays; only a process that
+dies leaves parts behind, which a lifecycle rule of the bucket removes.
 """
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 
 from services.blobs.bucket import Bucket
@@ -27,12 +29,12 @@ class S3Sink:
         self._bucket = bucket
         self._key = key
         self._part_bytes = max(PART_BYTES_MIN, -(-bytes_max // PARTS_MAX))
-        self._pieces: list[bytes] = []
+        self._pieces: deque[bytes] = deque()
         self._bytes = 0
         self._ended = False
         self._given_up = False
         self._stored = False
-        self._handing: asyncio.Queue[bytes | None] = asyncio.Queue(maxsize=1)
+        self._handing: asyncio.Queue[list[bytes] | None] = asyncio.Queue()
         self._sending: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
@@ -49,56 +51,76 @@ class S3Sink:
         self._given_up = True
         self._pieces.clear()
 
+    @property
+    def sends_part(self) -> bool:
+        """Whether `settle` has a part of a large file to send now, or its end."""
+        full, is_large = self._bytes >= self._part_bytes, self._sending is not None
+        return not self._given_up and (full or (is_large and self._ended))
+
     async def settle(self) -> None:
         """Bring about what was asked for; raises StorageUnavailable."""
         if self._given_up:
             await self._remove()
-        elif self._sending is not None or self._bytes >= self._part_bytes:
+        elif self.sends_part:
             await self._send()
         elif self._ended and not self._stored:
             self._stored = True  # whatever the answer is, it may be there now
-            await self._bucket.put(self._key, self._taken())
+            await self._bucket.put(self._key, b"".join(self._pieces))
+            self._pieces.clear()
 
     async def _send(self) -> None:
+        """What is there in parts, the rest too when the file has ended."""
         if self._sending is None:
             self._stored = True
             self._sending = asyncio.create_task(
                 self._bucket.put_parts(self._key, self._handed(), part_bytes=self._part_bytes), name="blobs.parts"
             )
-        if self._pieces:
-            await self._hand(self._sending, self._taken())
+        while self._bytes >= self._part_bytes or (self._ended and self._bytes):
+            await self._hand(self._sending, self._part())
         if self._ended and not self._sending.done():
-            await self._hand(self._sending, None)
+            self._handing.put_nowait(None)
             await self._sending
 
-    async def _hand(self, sending: asyncio.Task[None], piece: bytes | None) -> None:
-        """Give a piece to who sends; raises what ended the sending."""
-        handing = asyncio.create_task(self._handing.put(piece))
-        await asyncio.wait({handing, sending}, return_when=asyncio.FIRST_COMPLETED)
-        if not handing.done():
-            handing.cancel()
+    def _part(self) -> list[bytes]:
+        """The next part: as many bytes as every part but the last one has, or what is left."""
+        part: list[bytes] = []
+        missing = self._part_bytes
+        while self._pieces and missing:
+            piece = self._pieces.popleft()
+            part.append(piece[:missing])
+            if rest := piece[missing:]:
+                self._pieces.appendleft(rest)
+            missing -= len(part[-1])
+        self._bytes -= self._part_bytes - missing
+        return part
+
+    async def _hand(self, sending: asyncio.Task[None], part: list[bytes]) -> None:
+        """Give a part to who sends, and return when it is there; raises what ended the sending."""
+        self._handing.put_nowait(part)
+        taken = asyncio.create_task(self._handing.join())
+        await asyncio.wait({taken, sending}, return_when=asyncio.FIRST_COMPLETED)
+        if not taken.done():
+            taken.cancel()
             await sending
 
     async def _handed(self) -> AsyncIterator[bytes]:
         while True:
-            piece = await self._handing.get()
+            part = await self._handing.get()
             if self._given_up:
                 raise GivenUp
-            if piece is None:
+            if part is None:
                 return
-            yield piece
+            for piece in part:
+                yield piece
+            part.clear()
+            yield b""  # who asks for what follows this has sent the part
+            self._handing.task_done()
 
     async def _remove(self) -> None:
         if self._sending is not None and not self._sending.done():
-            if self._handing.empty():
-                self._handing.put_nowait(None)
+            self._handing.put_nowait(None)
             await asyncio.wait({self._sending})
         gone = self._sending is not None and isinstance(self._sending.exception(), GivenUp)
         if self._stored and not gone:
             await self._bucket.delete([self._key])
         self._stored = False
-
-    def _taken(self) -> bytes:
-        taken = b"".join(self._pieces)
-        self._pieces.clear()
-        return taken

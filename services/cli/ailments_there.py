@@ -17,6 +17,8 @@ from services.cli.up import SERVICES
 from services.eventlog import LogRefused
 from services.eventlog.topics import MENDED_BY
 from services.migrating import missing_tables
+from services.opening import grown_again
+from services.processor.replay import astray_views
 
 CLOCK_DIFFERENCE_S_MAX = 2.0
 READY_TIMEOUT_S = 5.0
@@ -57,12 +59,19 @@ async def database(patient: Patient) -> str:
             version = await connection.fetchval("SHOW server_version")
             migrated = await connection.fetchval("SELECT to_regclass('sluice_ops.live_generation') IS NOT NULL")
             broken = [] if not migrated else await missing_tables(connection)
+            whole = migrated and not broken
+            astray = await astray_views(connection, await opened.generation()) if whole else {}
     except CliError as error:
         raise Ailing(str(error), _way_to("postgres", patient)) from error
     if broken:
         raise Ailing(
             f"Postgres {version} answers, but tables are gone: {', '.join(broken)}",
             "start a processor: it makes the read models anew from the log",
+        )
+    if astray:
+        shown = ", ".join(f"public.{name} shows {instead}" for name, instead in astray.items())
+        raise Ailing(
+            f"Postgres {version} answers, but views do not show the live tables: {shown}", "run `sluice doctor --mend`"
         )
     tables = "with Sluice's tables" if migrated else "without tables yet; the first start makes them"
     return f"Postgres {version} answers, {tables}"
@@ -125,11 +134,18 @@ async def same_log(patient: Patient) -> str:
         reader = log.reader(range(found.partitions))
         ends = await reader.ends()
         await reader.close()
+        regrown = await grown_again(log, {number: lane for number, lane in lanes.items() if number in ends})
     beyond = [number for number, lane in lanes.items() if lane.next_offset > ends.get(number, 0)]
     if beyond:
         raise Ailing(
             f"the read models include more than the log holds, in partition {beyond[0]}: its end was lost",
             "bring it back with `sluice log import`, or rebuild the read models from the log with `sluice replay`",
+        )
+    if regrown:
+        raise Ailing(
+            regrown,
+            "rebuild the read models from the log as it is with `sluice replay`, or bring it back with "
+            "`sluice log import`",
         )
     behind = sum(max(0, end - (lanes[number].next_offset if number in lanes else 0)) for number, end in ends.items())
     return f"log {Position.of(log_id, {}).log}; the read models are {behind} records behind it"

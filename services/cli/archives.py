@@ -8,14 +8,12 @@ itself is in services/archive.
 import asyncio
 import contextlib
 import dataclasses
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 
-from services.archive.exporting import Exporter, OnProgress, Progress
+from services.archive.exporting import Exporter, OnProgress
 from services.archive.importing import Imported, Importer
 from services.archive.manifest import ArchiveRefused, Manifest
 from services.archive.places import Place, PlaceUnavailable, place_of
@@ -24,9 +22,7 @@ from services.cli import up
 from services.cli.display import console_of, print_json, size
 from services.cli.errors import EXIT_INTERRUPTED, CliError, WrongUse
 from services.cli.operating import kafka_of, opened_log
-
-LINE_PAUSE_S = 5.0
-STATUS_PAUSE_S = 0.2
+from services.cli.telling import News, told_meanwhile
 
 
 def export_log(data_dir: Path, dest: str, *, batch: str | None, erase: str | None, as_json: bool) -> None:
@@ -38,11 +34,8 @@ def export_log(data_dir: Path, dest: str, *, batch: str | None, erase: str | Non
 
     async def story() -> None:
         with _told(), _shown_progress() as on_progress:
-            selection: Selection = (
-                Slice(batch) if batch is not None else Erasure(erase) if erase is not None else Whole()
-            )
             async with kafka_of(data_dir, make=False) as settings, opened_log(settings) as log:
-                done.append(await Exporter(log, place, selection, on_progress).run())
+                done.append(await Exporter(log, place, _selection(batch, erase), on_progress).run())
 
     asyncio.run(up.until_signal(story()))
     _require_done(done)
@@ -130,51 +123,8 @@ def _require_done(done: list[Manifest] | list[Imported]) -> None:
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-@dataclass(slots=True)
-class Pace:
-    """How fast a step goes: counted from its first news, so that what was there before does not count."""
-
-    clock: Callable[[], float] = time.monotonic
-    _step: str = ""
-    _began_s: float = 0.0
-    _begin: int = 0
-    _said_s: float = field(default=float("-inf"))
-
-    def line(self, progress: Progress, *, pause_s: float) -> str | None:
-        """What there is to tell, at most once in `pause_s`: how far, how fast, how long it will take."""
-        now_s = self.clock()
-        if progress.step != self._step:
-            self._step, self._began_s, self._begin, self._said_s = progress.step, now_s, progress.done, float("-inf")
-        if now_s - self._said_s < pause_s:
-            return None
-        self._said_s = now_s
-        rate = (progress.done - self._begin) / (now_s - self._began_s) if now_s > self._began_s else 0.0
-        left = f", {(progress.of - progress.done) / rate:.0f} s left" if rate else ""
-        speed = f", {_amount(int(rate), progress.unit)}/s" if rate else ""
-        done = size(progress.done) if progress.unit == "bytes" else f"{progress.done:,}"
-        return f"{progress.step}: {done} of {_amount(progress.of, progress.unit)}{speed}{left}"
-
-
-def _amount(number: int, unit: str) -> str:
-    return size(number) if unit == "bytes" else f"{number:,} {unit}"
-
-
 @contextlib.contextmanager
 def _shown_progress() -> Iterator[OnProgress]:
-    """What to call with news: a line that changes on a terminal, elsewhere one each few seconds."""
-    console, pace = console_of(stderr=True), Pace()
-    if not console.is_terminal:
-
-        def say(progress: Progress) -> None:
-            if line := pace.line(progress, pause_s=LINE_PAUSE_S):
-                console.print(line, markup=False)
-
-        yield say
-        return
-    with console.status("") as status:
-
-        def show(progress: Progress) -> None:
-            if line := pace.line(progress, pause_s=STATUS_PAUSE_S):
-                status.update(line)
-
-        yield show
+    """What to call with news."""
+    with told_meanwhile() as tell:
+        yield lambda progress: tell(News(progress.step, progress.done, progress.of, progress.unit))

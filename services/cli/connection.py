@@ -118,12 +118,24 @@ def endpoints_file(data_dir: Path) -> Path:
 
 
 def read_endpoints(data_dir: Path) -> dict[str, Any]:
-    """What a running `up` wrote into its folder; empty where none runs."""
+    """What a running `up` wrote into its folder; empty where none runs, whatever one that was killed left there."""
     try:
         found = json.loads(endpoints_file(data_dir).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and _runs(found.get("pid")) else {}
+
+
+def _runs(pid: object) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)  # asks whether there is such a process, and does nothing to it
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def write_endpoints(data_dir: Path, endpoints: dict[str, Any]) -> None:

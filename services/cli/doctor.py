@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.table import Table
 from rich.text import Text
 
@@ -55,8 +54,6 @@ def table(findings: Sequence[Finding]) -> Table:
 def patient_in(data_dir: Path) -> Patient:
     configured = load()
     endpoints = connection.read_endpoints(data_dir)
-    if not psutil.pid_exists(int(endpoints.get("pid", 0))):
-        endpoints = {}  # left behind by one that was killed
     parts = {"kafka_bootstrap_servers": "kafka", "database_url": "postgres", "blob_url": "blobs"}
     external = frozenset(parts.keys() & configured.model_fields_set)
     found: dict[str, Any] = {

@@ -15,9 +15,9 @@ from schemas.records import StoredRecord
 from schemas.views import rfc3339
 from services.cli.display import clean, print_line, told
 from services.cli.errors import WrongUse
-from services.cli.operating import log_id_of, partitions_of, require_same_log
+from services.cli.operating import identity_of, partitions_of, require_same_log
 from services.database import Database
-from services.eventlog import EventLog, LogReader, LogUnavailable
+from services.eventlog import EventLog, LogIdentity, LogReader, LogUnavailable
 
 NEWEST = 10
 READ_RECORDS_MAX = 1_000
@@ -98,19 +98,20 @@ class Span:
 async def span(log: EventLog, *, start: str | None, end: str | None, newest: int, follow: bool) -> Span:
     """What is to be read. `start`: "start", a position (its record is the first one), None for the `newest` records.
 
-    A position means the partitions that it names. Raises WrongUse, CliError, LogUnavailable.
+    A position means the partitions that it names; one of a log that this one was imported from is as good here. Raises
+    WrongUse, CliError, LogUnavailable.
     """
     partitions = await partitions_of(log)
-    log_id = await log_id_of(log)
+    identity = await identity_of(log, partitions)
     ends = await _ends(log, partitions)
     if start == "start":
         first = dict.fromkeys(partitions, 0)
     elif start is not None:
-        first = _offsets(start, "--from", log_id, ends)
+        first = _offsets(start, "--from", identity, ends)
     else:
         first = {number: max(0, ends[number] - newest) for number in partitions}
     if end is not None:
-        last = _offsets(end, "--to", log_id, ends)
+        last = _offsets(end, "--to", identity, ends)
         first = {number: offset for number, offset in first.items() if number in last}
         return Span(first, {number: last[number] for number in first})
     return Span(first, None if follow else {number: ends[number] - 1 for number in first})
@@ -187,12 +188,12 @@ def _within(record: StoredRecord, wanted: Span) -> bool:
     return wanted.last is None or record.offset <= wanted.last[record.partition]
 
 
-def _offsets(text: str, option: str, log_id: str, ends: dict[int, int]) -> dict[int, int]:
+def _offsets(text: str, option: str, identity: LogIdentity, ends: dict[int, int]) -> dict[int, int]:
     try:
-        position = Position.parse(text)
+        position = identity.here(Position.parse(text))
     except InvalidPositionError as error:
         raise WrongUse(f"{option}: {error}.") from None
-    require_same_log(position, log_id)
+    require_same_log(position, identity.log_id)
     for number, offset in position.offsets:
         if number not in ends or offset >= ends[number]:
             raise WrongUse(f"{option}: the log has no {number}-{offset}; it ends before {_places(ends)}.")

@@ -5,7 +5,7 @@ made or changed by opening: no topic, no table. Errors say what to do.
 """
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from services.cli.errors import CliError, WrongUse
 from services.database import Database, DatabaseUnavailable
 from services.embedded import EmbeddedKafka
 from services.embedded.folders import lock_folder, make_folder
-from services.eventlog import EventLog, LogError, LogSettings
+from services.eventlog import EventLog, LogError, LogIdentity, LogSettings
 from services.lifecycle import StartError
 from services.settings import Settings, load
 
@@ -107,8 +107,16 @@ async def log_id_of(log: EventLog) -> str:
     """Which log this is; raises CliError where nothing was written yet."""
     log_id = await log.identify()
     if log_id is None:
-        raise CliError(f"The log {log.settings.topic} is empty: no service has started on it yet.")
+        raise _empty(log)
     return log_id
+
+
+async def identity_of(log: EventLog, partitions: Sequence[int]) -> LogIdentity:
+    """Which log this is and which it was imported from; raises CliError where nothing was written yet."""
+    identity = await log.identity(partitions)
+    if identity is None:
+        raise _empty(log)
+    return identity
 
 
 def require_same_log(position: Position, log_id: str) -> None:
@@ -116,6 +124,10 @@ def require_same_log(position: Position, log_id: str) -> None:
     ours = Position.of(log_id, {}).log
     if position.log != ours:
         raise WrongUse(f"{position} is a position of the log {position.log}, and this is the log {ours}.")
+
+
+def _empty(log: EventLog) -> CliError:
+    return CliError(f"The log {log.settings.topic} is empty: no service has started on it yet.")
 
 
 def _is(names: list[str]) -> str:

@@ -103,7 +103,9 @@ def sweep_command(
 def doctor_command(
     data_dir: DataDir = DEFAULT_DATA_DIR,
     *,
-    mend: Annotated[bool, typer.Option("--mend", help="First set right the settings of the log's topic.")] = False,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="First set right the topic's settings and the public views.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check all that a start needs and, where Sluice runs, how it is; say how to mend what is wrong.

@@ -21,8 +21,10 @@ from services.cli.display import clean, console_of, print_json, size
 from services.cli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, CliError, WrongUse
 from services.cli.log_tail import Filter
 from services.cli.operating import kafka_of, log_id_of, opened_database, opened_log, operator_settings
+from services.cli.rebuilding import refusals
 from services.lifecycle import StartError
 from services.opening import open_blobs
+from services.processor.replay import mended_views
 from services.settings import Settings
 from services.sweeping import Report, Sweeper, SweepRefused
 
@@ -104,12 +106,12 @@ def sweep(data_dir: Path, ages: Ages, *, dry_run: bool, contents: bool, as_json:
 
 
 def examine(data_dir: Path, *, mend: bool, as_json: bool) -> None:
-    """Make every check and tell what they found, with `mend` after the topic was mended; raises typer.Exit where
+    """Make every check and tell what they found, with `mend` after topic and views were mended; raises typer.Exit where
     something is wrong."""
     data_dir = data_dir.absolute()
     mended = _mended(data_dir) if mend else []
     if not as_json:
-        for line in mended or (["nothing to mend: the log's topic has no wrong setting"] if mend else []):
+        for line in mended or (["nothing to mend"] if mend else []):
             console_of().print(clean(line), markup=False, soft_wrap=True)
     findings = asyncio.run(doctor.examine(data_dir))
     if as_json:
@@ -122,14 +124,21 @@ def examine(data_dir: Path, *, mend: bool, as_json: bool) -> None:
 
 
 def _mended(data_dir: Path) -> list[str]:
-    """Set right the settings of the log's topic; what was changed."""
+    """Set right the settings of the log's topic and, where a Postgres is named or runs, where the public views point;
+    what was changed."""
     done: list[list[str]] = []
 
     async def story() -> None:
         async with kafka_of(data_dir, make=False) as settings, opened_log(settings) as opened:
-            done.append(await opened.mend(fsync=settings.fsync))
+            changed = await opened.mend(fsync=settings.fsync)
+        patient = doctor.patient_in(data_dir)
+        if patient.runs or "database_url" in patient.external:
+            async with opened_database(patient.settings) as database:
+                changed += await mended_views(database)
+        done.append(changed)
 
-    asyncio.run(up.until_signal(story()))
+    with refusals("The views were not mended"):
+        asyncio.run(up.until_signal(story()))
     if not done:
         raise typer.Exit(EXIT_INTERRUPTED)
     return done[0]

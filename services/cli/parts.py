@@ -42,6 +42,10 @@ class Part(Protocol):
     def log_began(self) -> int: ...
 
     @property
+    def followed(self) -> bool:
+        """Whether its log lines are told as they come."""
+
+    @property
     def pid(self) -> int | None:
         """The part's own process, not its guard's; None while it does not run."""
 
@@ -74,6 +78,10 @@ class Server:
     @property
     def log_began(self) -> int:
         return self.server.log_began
+
+    @property
+    def followed(self) -> bool:
+        return False
 
     @property
     def pid(self) -> int | None:
@@ -112,17 +120,26 @@ class Service:
     lock: FolderLock
     environment: Mapping[str, str]
     grace_s: float
+    followed: bool = False
     patience: Patience = field(default_factory=Patience)
     has_answered: bool = False  # since its newest start
 
     @classmethod
     async def start(
-        cls, name: str, *, url: str, log_file: Path, lock: FolderLock, environment: Mapping[str, str], grace_s: float
+        cls,
+        name: str,
+        *,
+        url: str,
+        log_file: Path,
+        lock: FolderLock,
+        environment: Mapping[str, str],
+        grace_s: float,
+        followed: bool = False,
     ) -> "Service":
         """Start `python -m services.NAME` (of further lanes `processor-1` and so on); ready is another matter."""
         log_began = begin_log(log_file)
         process = await _launch(name, log_file=log_file, lock=lock, environment=environment, grace_s=grace_s)
-        return cls(name, url, log_file, process, log_began, lock, environment, grace_s)
+        return cls(name, url, log_file, process, log_began, lock, environment, grace_s, followed)
 
     async def start_again(self) -> None:
         await self.process.stop()

@@ -8,6 +8,7 @@ stays, and so does a claim of a lane: who made it did not get the lane, and ever
 import asyncio
 import base64
 from collections.abc import Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,13 @@ from schemas.position import InvalidPositionError, Position
 from schemas.records import StoredRecord
 from schemas.views import rfc3339
 from services.cli.display import clean, console_of, print_json, print_line, size
-from services.cli.errors import EXIT_FAILURE, CliError, WrongUse
+from services.cli.errors import EXIT_FAILURE, WrongUse
 from services.cli.operating import require_same_log
 from services.cli.rebuilding import Opened, as_shown, opened_stores, refusals, replayed
 from services.cli.rebuilding import told as replay_told
 from services.database import Database
-from services.eventlog import EventLog, LogReader
+from services.eventlog import EventLog, records_at
 
-READ_TIMEOUT_MS = 1_000
-READ_ATTEMPTS_MAX = 10
 VALUE_CHARACTERS_MAX = 2_000
 REASON_CHARACTERS_MAX = 120
 
@@ -183,25 +182,9 @@ def _chosen(entries: Sequence[Entry], positions: Sequence[str], log_id: str) -> 
 
 
 async def _records(log: EventLog, entries: Sequence[Entry]) -> dict[tuple[int, int], StoredRecord]:
-    """What these entries hold; they stand in log order."""
-    found: dict[tuple[int, int], StoredRecord] = {}
-    for partition in sorted({entry.partition for entry in entries}):
-        reader = log.reader([partition])
-        try:
-            for entry in entries:
-                if entry.partition == partition:
-                    found[entry.place] = await _record(reader, entry)
-        finally:
-            await reader.close()
-    return found
-
-
-async def _record(reader: LogReader, entry: Entry) -> StoredRecord:
-    await reader.seek(entry.partition, entry.offset)
-    for _ in range(READ_ATTEMPTS_MAX):
-        for record in await reader.read(records_max=1, timeout_ms=READ_TIMEOUT_MS):
-            return record
-    raise CliError(f"Kafka did not give the record at {entry.position}: try again.")
+    """What these entries hold."""
+    async with aclosing(records_at(log, [entry.place for entry in entries])) as records:
+        return {(record.partition, record.offset): record async for record in records}
 
 
 def _type_of(record: StoredRecord) -> str | None:

@@ -1,16 +1,12 @@
-"""`sluice replay` and `sluice verify`: opening the stores, saying how far it is, and what it came to.
+"""`sluice replay` and `sluice verify`: opening the stores and telling what it came to.
 
-The doing itself is in services/processor: `replay.py`, `verifying.py`. How far it is goes to standard error: one line
-that changes on a terminal, a line every few seconds elsewhere, JSON lines with --json.
+The doing itself is in services/processor: `replay.py`, `verifying.py`; how far it is, meanwhile, `telling.py` says.
 """
 
 import asyncio
 import contextlib
 import dataclasses
-import json
-import sys
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +18,16 @@ from schemas.position import Position
 from services.cli.display import clean, console_of, duration, print_json, print_line
 from services.cli.errors import EXIT_FAILURE, CliError
 from services.cli.operating import log_id_of, opened_database, opened_log, operator_settings, partitions_of
+from services.cli.telling import News, told_meanwhile
 from services.database import Database
 from services.eventlog import EventLog
 from services.observability import configure_logging
-from services.processor.rebuilding import RECORDS_MAX, OnStep, Places, Progress, RebuildRefused
+from services.processor.rebuilding import RECORDS_MAX, OnStep, Places, RebuildRefused
 from services.processor.replay import Replay, Replayed
 from services.processor.verifying import Difference, Verification, Verified
 from services.settings import Settings
 
 NEEDS = ("kafka_bootstrap_servers", "database_url")
-LINE_INTERVAL_S = 5.0
-STATUS_INTERVAL_S = 0.2
 POOL_MAX = 6
 SOURCE = "sluice/replay"
 
@@ -193,53 +188,9 @@ def refusals(consequence: str) -> Iterator[None]:
 @contextlib.contextmanager
 def progress_told(*, as_json: bool) -> Iterator[OnStep]:
     """What to call as it goes on."""
-    console = console_of(stderr=True)
-    if as_json:
-        yield _seldom(LINE_INTERVAL_S / 5, lambda progress: _error_line(json.dumps(_as_json(progress))))
-    elif console.is_terminal:
-        with console.status("") as status:
-            yield _seldom(STATUS_INTERVAL_S, lambda progress: status.update(_sentence(progress)))
-    else:
-        yield _seldom(LINE_INTERVAL_S, lambda progress: _error_line(_sentence(progress)))
+    with told_meanwhile(as_json=as_json) as tell:
+        yield lambda progress: tell(News(progress.step, progress.records, progress.records_in_all))
 
 
 def position_of(log_id: str, next_offsets: dict[int, int]) -> str:
     return str(Position.of(log_id, {number: end - 1 for number, end in next_offsets.items() if end}))
-
-
-def _seldom(interval_s: float, tell: Callable[[Progress], None]) -> OnStep:
-    """Tell each step at once, and how far it is no more often than that."""
-    last: tuple[str, float] = ("", 0.0)
-
-    def on_step(progress: Progress) -> None:
-        nonlocal last
-        now_s = time.monotonic()
-        if progress.step != last[0] or now_s - last[1] >= interval_s:
-            last = (progress.step, now_s)
-            tell(progress)
-
-    return on_step
-
-
-def _sentence(progress: Progress) -> str:
-    if not progress.records_in_all:
-        return progress.step
-    left = "" if progress.left_s is None else f", {duration(progress.left_s)} left"
-    return (
-        f"{progress.step}: {progress.records} of {progress.records_in_all} records, {progress.rate_per_s:.0f}/s{left}"
-    )
-
-
-def _as_json(progress: Progress) -> dict[str, Any]:
-    return {
-        "step": progress.step,
-        "records": progress.records,
-        "records_in_all": progress.records_in_all,
-        "records_per_s": round(progress.rate_per_s, 1),
-        "left_s": None if progress.left_s is None else round(progress.left_s, 1),
-    }
-
-
-def _error_line(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()

@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import httpx
@@ -23,7 +22,7 @@ from services.embedded.folders import last_lines
 from services.lifecycle import cancelled
 
 LAST_LINES = 15
-LAST_LINES_OF_RESTARTED = 5  # those of a service have been shown as they came
+LAST_LINES_OF_RESTARTED = 5
 T = TypeVar("T")
 
 
@@ -35,10 +34,10 @@ class PartEnded(CliError):  # noqa: N818  # it is the news, whether or not somet
 class Parts:
     """The parts that run, watched: when one ends by itself, whoever waits here learns it."""
 
-    _ends: dict[asyncio.Task[int], tuple[str, Path, int]] = field(default_factory=dict)
+    _ends: dict[asyncio.Task[int], Part] = field(default_factory=dict)
 
-    def watch(self, name: str, wait: Callable[[], Coroutine[Any, Any, int]], *, log_file: Path, log_began: int) -> None:
-        self._ends[asyncio.create_task(wait())] = (name, log_file, log_began)
+    def watch(self, part: Part, wait: Callable[[], Coroutine[Any, Any, int]]) -> None:
+        self._ends[asyncio.create_task(wait())] = part
 
     async def forget(self) -> None:
         """From here on an end is a wanted one, or somebody else's to wait for."""
@@ -46,14 +45,14 @@ class Parts:
         await cancelled(*ends)
 
     async def until_one_ends(self) -> NoReturn:
-        """Raises PartEnded when a part ends, with its last lines. Waits for ever where there are no parts."""
+        """Raises PartEnded when a part ends. Waits for ever where there are no parts."""
         if not self._ends:
             await asyncio.get_running_loop().create_future()
         done, _ = await asyncio.wait(self._ends, return_when=asyncio.FIRST_COMPLETED)
         ended = next(iter(done))
-        name, log_file, log_began = self._ends[ended]
-        lines = last_lines(log_file, after_byte=log_began, lines_max=LAST_LINES)
-        raise PartEnded(f"{name} ended {how(ended.result())}, so all is stopped. The end of {log_file}:\n{lines}")
+        part = self._ends[ended]
+        ending = f"{part.name} ended {how(ended.result())}, so all is stopped."
+        raise PartEnded("\n".join(_with_last_words(ending, part, lines_max=LAST_LINES)))
 
     async def unless_one_ends(self, work: Awaitable[T]) -> T:
         """The result of `work`; PartEnded when a part ends before it is there."""
@@ -128,11 +127,8 @@ class Supervisor:
         well = kept.ready and time.monotonic() - kept.since >= self._pace.well_after_s
         kept.ends_in_a_row = 1 if well else kept.ends_in_a_row + 1
         pause_s = self._pace.pause_s(kept.ends_in_a_row)
-        self._tell(
-            kept,
-            f"{ended}; restart {kept.restarts + 1} in {pause_s:g} s. The end of {kept.part.log_file}:",
-            last_lines(kept.part.log_file, after_byte=kept.part.log_began, lines_max=LAST_LINES_OF_RESTARTED),
-        )
+        ending = f"{ended}; restart {kept.restarts + 1} in {pause_s:g} s."
+        self._tell(kept, *_with_last_words(ending, kept.part, lines_max=LAST_LINES_OF_RESTARTED))
         self._tell_others(kept)
         await asyncio.sleep(pause_s)
 
@@ -180,3 +176,11 @@ class Supervisor:
     def _tell(self, kept: Kept, *texts: str) -> None:
         for line in "\n".join(texts).rstrip().splitlines():
             self._say(kept.part.name, line)
+
+
+def _with_last_words(ending: str, part: Part, *, lines_max: int) -> tuple[str, ...]:
+    """How a part ended, and the end of its log unless its lines are told anyway as they come."""
+    if part.followed:
+        return (f"{ending} Its lines are in {part.log_file}",)
+    last = last_lines(part.log_file, after_byte=part.log_began, lines_max=lines_max)
+    return f"{ending} The end of {part.log_file}:", last

@@ -178,7 +178,7 @@ async def _start_servers(plan: Plan, stack: Stack, stopping: AsyncExitStack, say
                 starting.create_task(server.start())
     for server in wanted:
         stack.servers.append(Server(server))
-        stack.parts.watch(server.name, server.wait, log_file=server.log_file, log_began=server.log_began)
+        stack.parts.watch(stack.servers[-1], server.wait)
         match server:
             case EmbeddedKafka():
                 kafka = server.bootstrap_servers
@@ -231,6 +231,7 @@ async def _start_service(
         lock=lock,
         environment=environment,
         grace_s=plan.settings.stop_timeout_s,
+        followed=follow,
     )
     if follow:
         await stopping.enter_async_context(followed(name, service.log_file, service.log_began, say))
@@ -239,7 +240,7 @@ async def _start_service(
         stack.clean &= await stop(service, say=say)
 
     stopping.push_async_callback(stop_it)
-    stack.parts.watch(name, service.wait, log_file=service.log_file, log_began=service.log_began)
+    stack.parts.watch(service, service.wait)
     stack.services.append(service)
 
 

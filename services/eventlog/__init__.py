@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Sequence
 
 from faststream.kafka import KafkaBroker
 
+from schemas.events import LogCreated
 from schemas.records import NewRecord, StoredRecord
 from services.eventlog import topics
-from services.eventlog.identity import check_log_id, establish, log_created, new_created
+from services.eventlog.identity import check_log_id, establish, identity_of, log_created, new_created
 from services.eventlog.progress import ProgressPublisher
 from services.eventlog.protocol import (
     GROUP_BYTES_MAX,
@@ -32,6 +33,7 @@ from services.eventlog.protocol import (
 )
 from services.eventlog.questions import Questions
 from services.eventlog.reading import KafkaProgressReader, KafkaReader
+from services.eventlog.records import records_at, records_between
 from services.eventlog.topics import TopicFound
 from services.eventlog.writing import KafkaWriter
 
@@ -51,6 +53,8 @@ __all__ = [
     "RecordTooLarge",
     "TopicFound",
     "check_log_id",
+    "records_at",
+    "records_between",
 ]
 
 
@@ -108,6 +112,17 @@ class EventLog:
         """
         first = await self._questions.first(0)
         return None if first is None else log_created(first, topic=self.settings.topic).log_id
+
+    async def identity(self, partitions: Sequence[int]) -> LogIdentity | None:
+        """Which log this is and which it was imported from, None where nothing was written yet; nothing is changed.
+
+        Raises as `identify`.
+        """
+        created: dict[int, LogCreated] = {}
+        for partition in partitions:
+            if first := await self._questions.first(partition):
+                created[partition] = log_created(first, topic=self.settings.topic)
+        return identity_of(created) if created else None
 
     async def ensure_created(self, *, partitions: int, source: str) -> LogIdentity:
         reader, writer = self.reader(range(partitions)), self.writer()

@@ -47,7 +47,13 @@ async def establish(
             f"{topic} did not get its first record in {_ESTABLISH_TIMEOUT_S:g} s: start again"
         ) from None
     _check_imports(created, await reader.ends(), topic)
-    return LogIdentity(created[0].log_id, {partition: each.previous or () for partition, each in created.items()})
+    return identity_of(created)
+
+
+def identity_of(created: Mapping[int, LogCreated]) -> LogIdentity:
+    """What the first records of some partitions say."""
+    any_of_them = next(iter(created.values()))
+    return LogIdentity(any_of_them.log_id, {partition: each.previous or () for partition, each in created.items()})
 
 
 def new_created(log_id: str | None, *, source: str) -> NewRecord:

@@ -43,7 +43,12 @@ IMPORT_SETTINGS = FACT_SETTINGS | {
 """Those of a topic that takes records with the times they had elsewhere, whatever the clock here says."""
 MENDED_BY = ": run `sluice doctor --mend`"
 """In a complaint: before it what is wrong, from it on what to do."""
-PROGRESS_SETTINGS = {"cleanup.policy": "delete", "retention.ms": "3600000", "segment.ms": "600000"}
+PROGRESS_SETTINGS = {
+    "cleanup.policy": "delete",
+    "retention.ms": "3600000",
+    "segment.ms": "600000",
+    "message.timestamp.type": "LogAppendTime",  # else Kafka refuses, or drops at once, what a wrong clock stamped
+}
 _REPLICAS_WITH_QUORUM = 3
 
 _SOURCE_TOPIC = 1

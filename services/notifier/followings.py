@@ -137,6 +137,7 @@ class Followings:
             following.check()
             self._hub.watch_user(user_id, floor=dict(self._tail.position().offsets))
             following.ready.set_result(None)
+            self.left(user_id)  # who asked may have gone meanwhile
             await following.over.wait()
         except Exception as error:  # noqa: BLE001  # it belongs to those who asked for the user
             following.ready.set_exception(error)

@@ -21,7 +21,7 @@ from services.notifier.followings import Followings
 from services.notifier.hub import Client, Frame, Hub
 from services.notifier.replays import Replays
 from services.notifier.watches import Watches
-from services.tail import Tail
+from services.tail import Held, Tail
 
 SINCE_TIMEOUT_S = 2.0
 SUBSCRIPTIONS_MAX = 200
@@ -72,9 +72,9 @@ class Subscriptions:
 
     async def _begin_batch(self, client: Client, batch_id: str, since: Position | None) -> None:
         async with self.watches.find(batch_id) as held:
-            batch = self._visible(client, held.batch if held is not None else None, batch_id)
+            batch = self._visible(client, held, batch_id)
             missed = None if since is None else await self._missed(client, batch, since)
-            batch = self._visible(client, batch, batch_id)
+            batch = self._visible(client, held, batch_id)
             here = self.tail.position()
             if since is None or missed is None:
                 snapshot = messages.snapshot(batch, log_id=self.tail.log_id, position=here)
@@ -103,7 +103,9 @@ class Subscriptions:
             replayed, since = [*replayed, *older], upto
         return None
 
-    def _visible(self, client: Client, batch: Batch | None, batch_id: str) -> Batch:
+    def _visible(self, client: Client, held: Held | None, batch_id: str) -> Batch:
+        """The batch as it is now: deleted or read anew, perhaps, since it was found."""
+        batch = held.batch if held is not None else None
         if batch is None or batch.deleted or batch.user_id != client.user_id:
             raise _no_batch(batch_id)
         return batch

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from schemas.batch import Changed
+from schemas.errors import Code, RequestError
 from schemas.events import UploadProgressed, decode_progress
 from schemas.records import StoredRecord
 from services.eventlog import ProgressReader
@@ -25,6 +26,7 @@ PROGRESS_RECORDS_MAX = 500
 PROGRESS_TIMEOUT_MS = 500
 PROGRESS_DUE_TIMEOUT_MS = 25
 END_TIMEOUT_S = 2.0
+NOT_ALL_READ = "The batch is not known here, and the log cannot be read to its end just now; ask again"
 
 
 @dataclass(slots=True, eq=False)
@@ -67,13 +69,17 @@ class Watches:
     @contextlib.asynccontextmanager
     async def find(self, batch_id: str) -> AsyncIterator[Held | None]:
         """The batch, watched at least as long as the block lasts; None where nobody heard of it by the log's end as of
-        the call. Raises DatabaseUnavailable."""
+        the call. Raises DatabaseUnavailable, and RequestError(LOG_UNAVAILABLE) where the log cannot be read to there
+        now: nobody may be told "not found" then."""
         watch = self._watch(batch_id)
         try:
             held = await asyncio.shield(watch.held)
-            if held is None and await self._tail.reached_end(END_TIMEOUT_S):
+            if held is None:
+                is_all_read = await self._tail.reached_end(END_TIMEOUT_S)
                 watch = self._again(batch_id, watch)
                 held = await asyncio.shield(watch.held)
+                if held is None and not is_all_read:
+                    raise RequestError(Code.LOG_UNAVAILABLE, NOT_ALL_READ)
             yield held
         finally:
             watch.asking -= 1
@@ -122,6 +128,7 @@ class Watches:
                     return
                 self._hub.watch(batch_id, floor=held.batch.offset, partition=held.batch.partition)
                 watch.held.set_result(held)
+                self.left(batch_id)  # who asked may have gone meanwhile
                 await watch.over.wait()
         except Exception as error:  # noqa: BLE001  # it belongs to those who asked for the batch
             self._watches.pop(batch_id, None)

@@ -39,7 +39,7 @@ from services.lifecycle import cancelled
 from services.observability import UPLOADS_WORKED, WORK_SECONDS, logger
 from services.processor import decisions
 from services.processor.projection import GenerationChangedError, LaneLostError, Projected, Projection
-from services.processor.storage import UNREADABLE, Patience
+from services.processor.storage import Patience, unreadable
 from services.processor.work.port import Job, WorkCancelled, WorkError, WorkerUnavailable
 from services.processor.work.process import WorkerProcess
 
@@ -353,7 +353,7 @@ class LaneWorker:
             await asyncio.sleep(RETRY_INTERVAL_S)
             if isinstance(error, WorkerUnavailable) or not await self._patience.ends_with(upload.id):
                 return [decisions.given_back(started, reason=str(error)[:500])]
-            problem = UNREADABLE
+            problem = unreadable()
         except WorkError as error:
             problem = error
         else:

@@ -118,7 +118,9 @@ class LaneLock:
         try:
             with reaching():
                 rows = await connection.fetch(
-                    "SELECT worker_id, machine, pid, heartbeat > clock_timestamp() - $3 * interval '1 second' AS heard "
+                    # Either way, since Postgres' clock may have been set back.
+                    "SELECT worker_id, machine, pid, "
+                    "abs(extract(epoch FROM clock_timestamp() - heartbeat)) < $3::float8 AS heard "
                     "FROM sluice_ops.processors "
                     "WHERE partition = $1 AND worker_id <> $2 AND state <> 'standing by' ORDER BY heartbeat DESC",
                     self._partition,

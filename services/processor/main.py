@@ -30,6 +30,7 @@ from services.lifecycle import StartError, cancelled, closing, first_of, run_ser
 from services.observability import LOG_LAG, configure_logging, logger
 from services.opening import Stores, open_blobs, open_stores
 from services.processor import storage
+from services.processor.clock import LogClock
 from services.processor.health import Health
 from services.processor.lane import APPEND_TIMEOUT_S, LaneWorker, envelope
 from services.processor.lock import LaneLock
@@ -96,7 +97,7 @@ async def main() -> None:
 
 @contextlib.asynccontextmanager
 async def _serving_health(settings: Settings, health: Health) -> AsyncIterator[None]:
-    app = Starlette(routes=health_routes(health.problems), exception_handlers=LOST)
+    app = Starlette(routes=health_routes(health.problems, lambda: health.degraded), exception_handlers=LOST)
     async with serving(app, host=settings.host, port=settings.processor_port, stop_timeout_s=1):
         yield
 
@@ -196,6 +197,7 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> Non
         lock.on_change = hand.wake
         health.projection, health.hand = projection, hand
         await hand.load()
+        health.back("database")  # it may have been lost to the lane before this one, and nothing need be written now
         health.state = "working"
         _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)
         store = storage.Storage(shop.blobs, health, hand.wake)
@@ -364,7 +366,6 @@ async def _read(lane: Lane) -> None:
             health.back("log")
             folded = await projection.fold(records)
             records = []
-            health.back("database")
             for projected in folded:
                 lane.hand.see(projected)
         except LogUnavailable as error:
@@ -395,10 +396,11 @@ async def _flush(lane: Lane) -> None:
 
 async def _keep_house(lane: Lane, idle_seal_s: float) -> None:
     """What depends on the clock: open batches nobody adds to are sealed; how far behind we are is measured."""
-    partition = lane.projection.lane.partition
+    partition, clock = lane.projection.lane.partition, LogClock()
     while True:
         with contextlib.suppress(DatabaseUnavailable):
-            await lane.hand.seal_idle(int((time.time() - idle_seal_s) * 1000))
+            now_ms = clock.now_ms(lane.projection.lane.time_ms)
+            await lane.hand.seal_idle(now_ms - int(idle_seal_s * 1000))
         try:
             await lane.recogniser.look()
             if lane.recogniser.complaint is not None:

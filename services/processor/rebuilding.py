@@ -29,7 +29,6 @@ UNFLUSHED_RECORDS_MAX = 40_000
 READ_TIMEOUT_MS = 1_000
 AWAY_MAX_S = 120.0
 RETRY_INTERVAL_S = 0.5
-RATE_WINDOW_S = 5.0
 _REBUILD_LOCK = (0x51CF, 0)
 
 
@@ -39,36 +38,16 @@ class RebuildRefused(Exception):  # noqa: N818  # reads as what happened
 
 @dataclass(slots=True)
 class Progress:
-    """How far a rebuild is. `step`: what it does; `rate_per_s`: records folded a second of late."""
+    """How far a rebuild is. `step`: what it does."""
 
     step: str = "beginning"
     records: int = 0
     records_in_all: int = 0
     began_s: float = field(default_factory=time.monotonic)
-    _marks: list[tuple[float, int]] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
         return time.monotonic() - self.began_s
-
-    @property
-    def rate_per_s(self) -> float:
-        (first_s, first), (last_s, last) = (self._marks or [(0.0, 0)])[0], (self._marks or [(0.0, 0)])[-1]
-        return (last - first) / (last_s - first_s) if last_s > first_s else 0.0
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until all records are folded at that rate; None where that cannot be said yet."""
-        rate = self.rate_per_s
-        return max(0, self.records_in_all - self.records) / rate if rate else None
-
-    def folded(self, records: int) -> None:
-        """So many more records were folded."""
-        now_s = time.monotonic()
-        self.records += records
-        self._marks.append((now_s, self.records))
-        while len(self._marks) > 2 and now_s - self._marks[0][0] > RATE_WINDOW_S:  # noqa: PLR2004  # a rate needs two
-            self._marks.pop(0)
 
 
 OnStep = Callable[[Progress], None]
@@ -76,62 +55,39 @@ Places = frozenset[tuple[int, int]]
 """Records by partition and offset."""
 
 
-class Rebuild:
-    """One schema being filled; open it with `Rebuild.open`. `records_max`: of one poll, which changes nothing about the
-    result; `retried`: records in quarantine that are to be decoded all the same."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sources:
+    """What a rebuild is made from and told to. `records_max`: of one poll, which changes nothing about the result."""
 
-    def __init__(
-        self,
-        *,
-        log: Log,
-        log_id: str,
-        database: Database,
-        schema: str,
-        lock: "RebuildLock",
-        progress: Progress,
-        on_step: OnStep,
-        records_max: int,
-        retried: Places,
-    ) -> None:
+    log: Log
+    log_id: str
+    database: Database
+    on_step: OnStep
+    records_max: int = RECORDS_MAX
+
+
+class Rebuild:
+    """One schema being filled; open it with `Rebuild.open`. `retried`: records in quarantine that are to be decoded all
+    the same."""
+
+    def __init__(self, sources: Sources, *, schema: str, lock: "RebuildLock", retried: Places) -> None:
         self.schema = schema
-        self.log_id = log_id
-        self.progress = progress
-        self._log = log
-        self._rows = ShadowRows(database, schema=schema)
+        self.log_id = sources.log_id
+        self.progress = Progress()
+        self._sources = sources
+        self._rows = ShadowRows(sources.database, schema=schema)
         self._lock = lock
-        self._on_step = on_step
-        self._records_max = records_max
         self._retried = retried
         self._lanes: dict[int, _Lane] = {}
 
     @classmethod
     @contextlib.asynccontextmanager
     async def open(
-        cls,
-        *,
-        log: Log,
-        log_id: str,
-        database: Database,
-        schema: str,
-        lock: "RebuildLock",
-        progress: Progress,
-        on_step: OnStep,
-        records_max: int = RECORDS_MAX,
-        retried: Places = frozenset(),
+        cls, sources: Sources, *, schema: str, lock: "RebuildLock", retried: Places = frozenset()
     ) -> AsyncIterator["Rebuild"]:
         """A schema with empty tables, to be filled until the block is left; nobody takes it away again."""
-        await patiently(lambda: _made(database, schema))
-        rebuild = cls(
-            log=log,
-            log_id=log_id,
-            database=database,
-            schema=schema,
-            lock=lock,
-            progress=progress,
-            on_step=on_step,
-            records_max=records_max,
-            retried=retried,
-        )
+        rebuild = cls(sources, schema=schema, lock=lock, retried=retried)
+        await patiently(lambda: _made(sources.database, schema))
         try:
             yield rebuild
         finally:
@@ -141,7 +97,7 @@ class Rebuild:
     def say(self, step: str) -> None:
         """What is done now."""
         self.progress.step = step
-        self._on_step(self.progress)
+        self._sources.on_step(self.progress)
 
     def positions(self) -> dict[int, int]:
         """The next offset of each partition that was begun, as the rows hold it."""
@@ -163,7 +119,7 @@ class Rebuild:
     async def _lane(self, number: int) -> "_Lane":
         if number not in self._lanes:
             projection = await patiently(lambda: Projection.open(self._rows, partition=number, log_id=self.log_id))
-            lane = _Lane(self, self._log.reader([number]), projection)
+            lane = _Lane(self, self._sources.log.reader([number]), projection)
             self._lanes[number] = lane
             await patiently(lambda: lane.reader.seek(number, projection.lane.next_offset))
         return self._lanes[number]
@@ -184,15 +140,15 @@ class Rebuild:
 
     async def read(self, reader: LogReader, *, limit: int) -> list[StoredRecord]:
         await self._lock.keep()
-        return await reader.read(records_max=min(limit, self._records_max), timeout_ms=READ_TIMEOUT_MS)
+        return await reader.read(records_max=min(limit, self._sources.records_max), timeout_ms=READ_TIMEOUT_MS)
 
     async def still_alone(self) -> None:
         """Raises RebuildRefused where Postgres restarted and another rebuild began before this one went on."""
         await patiently(self._lock.keep)
 
     def folded(self, records: int) -> None:
-        self.progress.folded(records)
-        self._on_step(self.progress)
+        self.progress.records += records
+        self._sources.on_step(self.progress)
 
 
 class _Lane:

@@ -9,6 +9,7 @@ live generation is as it was; a schema that a crash left behind is taken away by
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,18 +18,16 @@ from typing import Any
 import asyncpg
 
 from services.database import PROJECTED_CHANNEL, Database, DatabaseUnavailable, reaching, schema_of
-from services.eventlog import Log, LogUnavailable
+from services.eventlog import LogUnavailable
 from services.migrating import script
 from services.processor.lock import IDLE_TIMEOUT_MS
 from services.processor.rebuilding import (
-    RECORDS_MAX,
     VERIFICATION_SCHEMA,
-    OnStep,
     Places,
-    Progress,
     Rebuild,
     RebuildLock,
     RebuildRefused,
+    Sources,
     ends_of,
     patiently,
 )
@@ -43,6 +42,7 @@ DROP_WAIT_MS = 500
 DROP_TIMEOUT_S = 60.0
 NEARLY_RECORDS = 2_000
 """So few records behind the log's end, the rest is folded while the live positions are held."""
+_VIEW = re.compile(r"CREATE OR REPLACE VIEW public\.(\w+) .*?FROM \{generation\}\.(\w+);", re.DOTALL)
 NOT_NOW: tuple[type[Exception], ...] = (
     asyncpg.LockNotAvailableError,
     asyncpg.DeadlockDetectedError,
@@ -67,38 +67,22 @@ class Replayed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Replay:
+class Replay(Sources):
     """One replay of a log of so many partitions. `retried`: records in quarantine that are to count from now on, where
     they can be decoded."""
 
-    log: Log
-    log_id: str
     partitions: int
-    database: Database
-    on_step: OnStep
-    records_max: int = RECORDS_MAX
     retried: Places = frozenset()
 
     async def run(self) -> Replayed:
         """Rebuild and switch. Raises RebuildRefused, LogRefused, and DatabaseUnavailable or LogUnavailable where one of
         them stays away; the live generation is as it was then."""
-        progress = Progress()
         await patiently(self.database.migrate)
         async with RebuildLock.taken(self.database) as lock:
             live = await self._live_number()
             await self._drop_left_over(live)
             schema = schema_of(live + 1)
-            async with Rebuild.open(
-                log=self.log,
-                log_id=self.log_id,
-                database=self.database,
-                schema=schema,
-                lock=lock,
-                progress=progress,
-                on_step=self.on_step,
-                records_max=self.records_max,
-                retried=self.retried,
-            ) as rebuild:
+            async with Rebuild.open(self, schema=schema, lock=lock, retried=self.retried) as rebuild:
                 await self._fill(rebuild)
                 held_ms, quarantined = await self._switched(rebuild, live)
             rebuild.say("dropping the old generation")
@@ -106,8 +90,8 @@ class Replay:
         return Replayed(
             generation=schema,
             next_offsets=rebuild.positions(),
-            records=progress.records,
-            seconds=progress.seconds,
+            records=rebuild.progress.records,
+            seconds=rebuild.progress.seconds,
             held_ms=held_ms,
             quarantined=quarantined,
             old_dropped=old_dropped,
@@ -190,7 +174,7 @@ class Replay:
         )
         if moved != "UPDATE 1":
             raise RebuildRefused(f"{old} is no longer the live generation: run `sluice replay` again")
-        await connection.execute(script("views.sql").replace("{generation}", new))
+        await point_views(connection, new)
         await connection.execute("DELETE FROM sluice_ops.quarantine WHERE log_id = $1", self.log_id)
         await connection.execute(f"INSERT INTO sluice_ops.quarantine SELECT * FROM {new}.{SHADOW_QUARANTINE}")  # noqa: S608  # ours
         quarantined: int = await connection.fetchval(f"SELECT count(*) FROM {new}.{SHADOW_QUARANTINE}")  # noqa: S608  # ours
@@ -240,6 +224,52 @@ async def hold_positions(
         f"SELECT partition, log_id, next_offset FROM {generation}.positions ORDER BY partition FOR UPDATE"  # noqa: S608  # ours
     )
     return {row["partition"]: (row["log_id"], row["next_offset"]) for row in rows}
+
+
+async def astray_views(connection: Any, generation: str) -> dict[str, str | None]:
+    """The public views that do not show this generation, and what each shows instead; None where there is no such."""
+    shown = dict(_VIEW.findall(script("views.sql")))
+    rows = await connection.fetch(
+        "SELECT name, to_regclass('public.' || name) IS NULL AS missing, (SELECT "
+        "string_agg(DISTINCT table_of.relnamespace::regnamespace::text || '.' || table_of.relname, ', ') "
+        "FROM pg_rewrite JOIN pg_depend ON classid = 'pg_rewrite'::regclass AND objid = pg_rewrite.oid "
+        "AND refclassid = 'pg_class'::regclass AND refobjid <> ev_class JOIN pg_class AS table_of "
+        "ON table_of.oid = refobjid WHERE ev_class = to_regclass('public.' || name)) AS shows "
+        "FROM unnest($1::text[]) AS name ORDER BY name",
+        list(shown),
+    )
+    return {
+        row["name"]: None if row["missing"] else row["shows"] or "no table"
+        for row in rows
+        if row["shows"] != f"{generation}.{shown[row['name']]}"
+    }
+
+
+async def point_views(connection: Any, generation: str) -> None:
+    """Let the public views show this generation; whoever may read them still may. Raises RebuildRefused where one of
+    their names is something else's."""
+    try:
+        await connection.execute(script("views.sql").replace("{generation}", generation))
+    except (asyncpg.InvalidTableDefinitionError, asyncpg.WrongObjectTypeError) as error:
+        raise RebuildRefused(
+            f"what has the name of a view in schema public is not the view that Sluice made ({error}): rename or drop "
+            "it, then try again"
+        ) from error
+
+
+async def mended_views(database: Database) -> list[str]:
+    """Let the public views show the live generation where they do not; what was changed. Raises RebuildRefused,
+    DatabaseUnavailable."""
+    async with database.connection() as connection, connection.transaction():
+        if not await connection.fetchval("SELECT to_regclass('sluice_ops.live_generation') IS NOT NULL"):
+            return []
+        # Held, so that no replay switches meanwhile.
+        number = await connection.fetchval("SELECT number FROM sluice_ops.live_generation FOR SHARE")
+        live = schema_of(number)
+        astray = await astray_views(connection, live)
+        if astray:
+            await point_views(connection, live)
+    return [f"public.{name} showed {shown or 'nothing'}, and shows {live} now" for name, shown in astray.items()]
 
 
 async def dropped(database: Database, schema: str) -> bool:

@@ -38,9 +38,9 @@ SHADOW_QUARANTINE = "undecoded"
 
 _BATCH_TYPES = {
     "id": "uuid", "user_id": "text", "name": "text", "metadata": "json", "request_key_hash": "text",
-    "request_body_hash": "text", "requests": "json", "status": "text", "sealed": "boolean", "error_message": "text",
-    "partition": "integer", "expected_uploads": "integer", "files_max": "integer", "queued": "integer",
-    "processing": "integer", "completed": "integer", "failed": "integer", "cancelled": "integer",
+    "request_body_hash": "text", "requests": "json", "retries": "json", "status": "text", "sealed": "boolean",
+    "error_message": "text", "partition": "integer", "expected_uploads": "integer", "files_max": "integer",
+    "queued": "integer", "processing": "integer", "completed": "integer", "failed": "integer", "cancelled": "integer",
 }  # fmt: skip
 _UPLOAD_TYPES = {
     "id": "uuid", "batch_id": "uuid", "filename": "text", "content_type": "text", "sha256": "text", "blob": "text",

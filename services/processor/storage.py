@@ -24,9 +24,13 @@ REMOVALS_MAX = 10_000
 REMOVED_AT_ONCE = 16
 GIVEN_BACK_MAX = 5
 REMEMBERED_MAX = 1_000
-UNREADABLE = WorkError(
-    WorkCode.INTERNAL_ERROR, "Its bytes could not be read from the blob store, though the store is there.", final=False
-)
+
+
+def unreadable() -> WorkError:
+    """Why a file has failed that cannot be read, again and again, while the store is there."""
+    return WorkError(
+        WorkCode.INTERNAL_ERROR, "Its bytes could not be read from the blob store, though the store is there."
+    )
 
 
 class Storage:

@@ -13,21 +13,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from schemas.position import Position
-from services.database import Connection, Database, reaching
-from services.eventlog import Log
+from services.database import Connection, reaching
 from services.migrating import tables
+from services.processor.rebuilding import VERIFICATION_SCHEMA as SCHEMA
 from services.processor.rebuilding import (
-    RECORDS_MAX,
-    OnStep,
-    Progress,
     Rebuild,
     RebuildLock,
     RebuildRefused,
+    Sources,
     ends_of,
     patiently,
 )
-from services.processor.rebuilding import VERIFICATION_SCHEMA as SCHEMA
-from services.processor.replay import HOLD_MS, NOT_NOW, SWITCH_ATTEMPTS_MAX, SWITCH_PAUSE_S, dropped, hold_positions
+from services.processor.replay import (
+    HOLD_MS,
+    NOT_NOW,
+    SWITCH_ATTEMPTS_MAX,
+    SWITCH_PAUSE_S,
+    astray_views,
+    dropped,
+    hold_positions,
+)
 from services.processor.rows import SHADOW_QUARANTINE
 
 SHOWN_MAX = 100
@@ -66,35 +71,19 @@ class Verified:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Verification:
+class Verification(Sources):
     """One verification of the live read models against the log they are of."""
-
-    log: Log
-    log_id: str
-    database: Database
-    on_step: OnStep
-    records_max: int = RECORDS_MAX
 
     async def run(self) -> Verified:
         """Rebuild and compare. Raises RebuildRefused, LogRefused, and DatabaseUnavailable or LogUnavailable where one
         of them stays away."""
-        progress = Progress()
         async with RebuildLock.taken(self.database) as lock:
             try:
-                async with Rebuild.open(
-                    log=self.log,
-                    log_id=self.log_id,
-                    database=self.database,
-                    schema=SCHEMA,
-                    lock=lock,
-                    progress=progress,
-                    on_step=self.on_step,
-                    records_max=self.records_max,
-                ) as rebuild:
+                async with Rebuild.open(self, schema=SCHEMA, lock=lock) as rebuild:
                     found = await self._compared(rebuild)
             finally:
                 await dropped(self.database, SCHEMA)
-        found.records, found.seconds = progress.records, progress.seconds
+        found.records, found.seconds = rebuild.progress.records, rebuild.progress.seconds
         return found
 
     async def _compared(self, rebuild: Rebuild) -> Verified:
@@ -105,6 +94,8 @@ class Verification:
             for table in tables():
                 rebuild.say(f"comparing {table}")
                 await _compare(connection, found, table)
+            rebuild.say("comparing the views")
+            await _compare_views(connection, found)
             rebuild.say("comparing the quarantine")
             await _compare_quarantine(connection, found, self.log_id)
         return found
@@ -216,6 +207,19 @@ def _tell(found: Verified, table: str, columns: list[str], row: Any) -> None:
             for name, one, other in zip(columns, live, rebuilt, strict=True)
             if one != other
         ]
+    del found.shown[SHOWN_MAX:]
+
+
+async def _compare_views(connection: Connection, found: Verified) -> None:
+    """What others query must be the live rows, not those of a generation that was."""
+    with reaching():
+        astray = await astray_views(connection, found.generation)
+    if astray:
+        found.differing["views"] = len(astray)
+    found.shown += [
+        Difference("views", f"public.{name}", None if shown is None else "shows", shown, f"{found.generation}.{name}")
+        for name, shown in astray.items()
+    ]
     del found.shown[SHOWN_MAX:]
 
 

@@ -33,7 +33,12 @@ from faststream.kafka import TopicPartition as Assigned
 from services.embedded import EmbeddedKafka
 from services.eventlog.client import end_consumer, end_producer, track_requests
 from services.eventlog.protocol import GROUP_BYTES_MAX, MESSAGE_BYTES_MAX
-from services.eventlog.topics import FACT_SETTINGS
+from services.eventlog.topics import FACT_SETTINGS, PROGRESS_SETTINGS
+from tests.contract.test_eventlog import until_only
+
+WAIT_S = 60.0
+ENDED_S_MAX = 20.0
+"""Less than the client takes by itself, which is for ever; more than the two seconds it should, on a busy machine."""
 
 
 @contextlib.asynccontextmanager
@@ -57,6 +62,9 @@ async def make_topic(kafka: str, topic: str, **changes: str) -> None:
     configs = FACT_SETTINGS | {name.replace("_", "."): value for name, value in changes.items()}
     async with an_admin(kafka) as admin:
         await admin.create_topics([NewTopic(topic, 1, 1, topic_configs=configs)])
+        async with asyncio.timeout(WAIT_S):  # the broker learns of it a moment after the answer, and tells nobody
+            while topic not in await admin.list_topics():  # noqa: ASYNC110  # see above
+                await asyncio.sleep(0.02)
 
 
 async def settings_of(kafka: str, topic: str) -> dict[str, str]:
@@ -127,8 +135,11 @@ async def test_with_the_default_policy_an_offset_out_of_range_skips_to_the_end(k
     async with consumer:
         consumer.seek(TopicPartition(topic, 0), 5)
 
-        assert await consumer.getmany(timeout_ms=300) == {}
+        async with asyncio.timeout(WAIT_S):
+            while await consumer.position(TopicPartition(topic, 0)) == 5:
+                assert await consumer.getmany(timeout_ms=100) == {}
         assert await consumer.position(TopicPartition(topic, 0)) == 2
+        assert await consumer.getmany(timeout_ms=300) == {}
 
 
 async def test_getmany_gives_what_one_fetch_brought_and_tells_of_what_is_left(kafka: str, topic: str) -> None:
@@ -157,11 +168,10 @@ async def test_the_time_of_the_last_answer_moves_on_while_nothing_comes(kafka: s
     place = TopicPartition(topic, 0)
     async with a_consumer(kafka, topic, fetch_max_wait_ms=50) as consumer:
         heard = set()
-        for _ in range(20):
-            await consumer.getmany(timeout_ms=50)
-            heard.add(consumer.last_poll_timestamp(place))
-
-    assert len(heard) > 3
+        async with asyncio.timeout(WAIT_S):
+            while len(heard) <= 3:
+                await consumer.getmany(timeout_ms=50)
+                heard.add(consumer.last_poll_timestamp(place))
 
 
 async def test_a_question_waits_behind_the_fetch_in_flight(kafka: str, topic: str) -> None:
@@ -174,7 +184,8 @@ async def test_a_question_waits_behind_the_fetch_in_flight(kafka: str, topic: st
         await idle.end_offsets(places)
         await reading.getmany(timeout_ms=100)
 
-        behind_s = await seconds(reading.end_offsets(places))
+        # The machine may stand still while the fetch comes to its end, or while an answer is on its way.
+        behind_s = max([await seconds(reading.end_offsets(places)) for _ in range(3)])
         alone_s = min([await seconds(idle.end_offsets(places)) for _ in range(3)])
 
     assert behind_s > 0.4
@@ -254,7 +265,7 @@ async def test_ping_is_true_although_the_consumer_is_dead(kafka: str, topic: str
         await append_all(kafka, topic, b"never read")
 
         assert await subscriber.consumer.getmany(timeout_ms=500) == {}
-        assert await broker.ping(timeout=5)
+        assert await broker.ping(timeout=WAIT_S)
 
 
 async def test_a_record_whose_bytes_changed_on_the_disk_is_an_error(kafka: str, topic: str) -> None:
@@ -347,7 +358,13 @@ async def test_a_batch_the_broker_refuses_poisons_the_producer_for_good(kafka: s
                 await append(producer, unique, b"fits again")
 
 
-async def test_the_time_is_the_brokers_whatever_the_client_says(kafka: str, topic: str) -> None:
+@pytest.mark.parametrize("settings", [FACT_SETTINGS, PROGRESS_SETTINGS], ids=["facts", "progress"])
+async def test_the_time_is_the_brokers_whatever_the_client_says(
+    kafka: str, unique: str, settings: dict[str, str]
+) -> None:
+    topic = unique
+    async with an_admin(kafka) as admin:
+        await admin.create_topics([NewTopic(topic, 1, 1, topic_configs=settings)])
     far_ms = 4_102_444_800_000  # the year 2100: with CreateTime the broker would refuse it, and poison the producer
     async with a_producer(kafka) as producer:
         batch = producer.create_batch()
@@ -385,7 +402,9 @@ async def test_altering_a_setting_resets_those_it_does_not_name(kafka: str, topi
     async with an_admin(kafka) as admin:
         await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, topic, {"retention.bytes": "-1"})])
 
-    changed = await settings_of(kafka, topic)
+    async with asyncio.timeout(WAIT_S):  # the broker learns of it a moment after the answer
+        while (changed := await settings_of(kafka, topic))["retention.ms"] == "-1":
+            pass
     assert (changed["retention.ms"], changed["message.timestamp.type"]) == ("604800000", "CreateTime")
 
 
@@ -438,11 +457,10 @@ async def test_a_producer_ended_while_the_broker_is_paused_leaves_no_task(fragil
         await asyncio.wait({sent}, timeout=1.2)  # beyond its request's timeout: it waits for its next try
         took_s = await seconds(end_producer(producer, grace_s=0.1))
 
-    assert took_s < 3
+    assert took_s < ENDED_S_MAX
     with pytest.raises(KafkaError, match="ProducerClosed"):
         await sent
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() <= before
+    await until_only(before)
 
 
 async def test_a_consumer_ended_while_the_broker_is_paused_leaves_no_task(fragile: EmbeddedKafka, unique: str) -> None:
@@ -457,9 +475,8 @@ async def test_a_consumer_ended_while_the_broker_is_paused_leaves_no_task(fragil
         assert await consumer.getmany(timeout_ms=1_200) == {}, "no error tells that the broker is away"
         took_s = await seconds(end_consumer(consumer, consumer.stop()))
 
-    assert took_s < 3
-    await asyncio.sleep(0)
-    assert asyncio.all_tasks() <= before
+    assert took_s < ENDED_S_MAX
+    await until_only(before)
 
 
 # FastStream's ASGI application

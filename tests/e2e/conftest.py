@@ -23,7 +23,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 90
-COMMAND_TIMEOUT_S = 60
+COMMAND_TIMEOUT_S = 100
 STOP_TIMEOUT_S = 40
 ANY_PORTS = ("--api-port", "0", "--notifier-port", "0")
 

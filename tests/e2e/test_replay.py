@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from websockets.asyncio.client import connect
 
 from schemas.position import Position
@@ -20,7 +21,10 @@ from tests.examples import a_batch_created, an_id
 from tests.notifiers import Watcher
 from tests.rebuilds import POISON, Ground
 
-MANY = 300
+pytestmark = pytest.mark.timeout(300)  # many commands, each a process that takes its time on a busy machine
+
+MANY = 3_000
+"""So many facts that a replay, one at a time, takes longer than it may take to hit it in its middle."""
 
 
 @contextlib.asynccontextmanager
@@ -34,16 +38,17 @@ async def ground_of(up: Up) -> AsyncIterator[Ground]:
     await database.close()
 
 
-async def told_until_closed(up: Up, token: str) -> list[dict[str, Any]]:
-    """What a client that follows all of its user's batches is told; ended by cancelling."""
+async def told_until_closed(up: Up, token: str, begun: asyncio.Event) -> list[dict[str, Any]]:
+    """What a client that follows all of its user's batches is told, once it has `begun`; ended by cancelling."""
     told: list[dict[str, Any]] = []
     async with connect(f"{up.endpoints['notifier'].replace('http', 'ws', 1)}/v1/ws") as socket:
         watcher = Watcher(socket)
         await watcher.ask({"type": "auth", "token": token})
         await watcher.subscribe_user()
+        begun.set()
         with contextlib.suppress(asyncio.CancelledError):
             while True:
-                told += [message for message in [await watcher.hear()] if message["type"] == "event"]
+                told += [message for message in [await watcher.hear(within_s=None)] if message["type"] == "event"]
     return told
 
 
@@ -60,7 +65,9 @@ async def test_the_read_models_are_rebuilt_and_verified_while_everything_serves(
 async def replay_in_the_middle_of_work(sluice: Sluice, up: Up, ground: Ground, folder: Path) -> str:
     """Nobody notices, no attempt is lost, no fact is missed or told twice; returns the batch that was worked on."""
     token = (await sluice.run("token", "--user", "me")).out.strip()
-    telling = asyncio.create_task(told_until_closed(up, token))
+    begun = asyncio.Event()
+    telling = asyncio.create_task(told_until_closed(up, token, begun))
+    await begun.wait()
     uploading = asyncio.create_task(sluice.run("upload", "--watch", "--json", *slow_pictures(folder, 6)))
     await come_true(ground, "SELECT EXISTS (SELECT FROM public.uploads WHERE status = 'processing')")
 

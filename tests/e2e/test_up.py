@@ -14,8 +14,10 @@ from services.cli.client import Api
 from services.cli.connection import Connection, make_token
 from services.cli.watching import Watch
 from services.demo import PICTURES
-from tests.e2e.conftest import ANY_PORTS, Sluice, Up, require_gone
+from tests.e2e.conftest import ANY_PORTS, COMMAND_TIMEOUT_S, Sluice, Up, require_gone
 from tests.e2e.slow import slow_pictures
+
+pytestmark = pytest.mark.timeout(300)  # many commands, each a process that takes its time on a busy machine
 
 
 async def test_pictures_are_sent_watched_and_asked_for_until_sigterm_drains_it_all(
@@ -40,8 +42,9 @@ async def test_pictures_are_sent_watched_and_asked_for_until_sigterm_drains_it_a
 
         # Both ask how things are.
         batch_id = scripted.json["batch"]["id"]
-        status = (await sluice.run("status", "--json")).json
-        assert status["status"]["mode"] == "full"
+        async with asyncio.timeout(COMMAND_TIMEOUT_S):
+            while (status := (await sluice.run("status", "--json")).json)["status"]["mode"] != "full":
+                pass  # for a moment, where this machine stood still
         assert [batch["name"] for batch in status["batches"]] == [None, "mixed"]
         upload = scripted.json["accepted"][0]
         assert (await sluice.run("status", "--json", batch_id)).json["successful_uploads"] == 2
@@ -51,7 +54,7 @@ async def test_pictures_are_sent_watched_and_asked_for_until_sigterm_drains_it_a
 
         # The token that the command line makes is good for any client, and only it.
         token = (await sluice.run("token", "--user", "me")).out.strip()
-        async with httpx.AsyncClient(base_url=up.endpoints["api"]) as http:
+        async with httpx.AsyncClient(base_url=up.endpoints["api"], timeout=COMMAND_TIMEOUT_S) as http:
             url = f"/v1/uploads/{upload['id']}/thumbnail"
             thumbnail = await http.get(url, headers={"Authorization": f"Bearer {token}"})
             assert (thumbnail.status_code, thumbnail.headers["content-type"]) == (200, "image/jpeg")
@@ -169,7 +172,7 @@ async def until_some_are_done(up: Up, sluice: Sluice, batch_id: str) -> Board:
     """What a watcher saw until three files were done."""
     board = Board(batch_id)
     watch = Watch(up.endpoints["notifier"], make_token(user="me", data_dir=sluice.data_dir), batch_id)
-    async with asyncio.timeout(30), contextlib.aclosing(watch.messages()) as messages:
+    async with asyncio.timeout(COMMAND_TIMEOUT_S), contextlib.aclosing(watch.messages()) as messages:
         async for message in messages:
             board.apply(message)
             if board.done >= 3:

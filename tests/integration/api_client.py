@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import os
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ from services.tail import Tail
 
 SECRET = "a secret for tests that is long enough"
 DONE_TIMEOUT_S = 60
+ANSWER_TIMEOUT_S = 90
+PATIENCE = {"tail_lag_max_s": 60, "projection_timeout_s": 60, "read_back_timeout_s": 60}
+"""A machine that stands still for some seconds is no reason to refuse a request, nor to leave open what became of it:
+an api under test is told to wait, and its callers wait longer. A test of these limits sets its own."""
 JPEG = b"\xff\xd8\xff\xe0\x00\x10JFIF\x00"
 
 _numbers = itertools.count(1)
@@ -50,6 +54,7 @@ def api_settings(*, kafka: str, database_url: str, unique: str, blobs: Path, **c
             "jwt_secret": SECRET,
             "api_port": 0,
             "stop_timeout_s": 5,
+            **PATIENCE,
             **changes,
         }
     )
@@ -98,13 +103,13 @@ class RunningApi:
 
     @property
     def blobs(self) -> list[Path]:
-        """Every file in the blob store."""
-        return sorted(path for path in self.settings.blob_folder.rglob("*") if path.is_file())
+        """Every file in the blob store, without what the api writes there each second to see whether it can."""
+        return [path for path in files_below(self.settings.blob_folder) if not path.name.startswith(".check-")]
 
     async def person(self, name: str) -> Person:
         token = make_token(name, SECRET, ttl_s=3600)
         http = httpx.AsyncClient(
-            base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=30, trust_env=False
+            base_url=self.url, headers={"Authorization": f"Bearer {token}"}, timeout=ANSWER_TIMEOUT_S, trust_env=False
         )
         return Person(name, await self.stack.enter_async_context(http))
 
@@ -124,7 +129,7 @@ async def processor_beside(settings: Settings) -> AsyncIterator[None]:
         "SLUICE_LOG_TOPIC": settings.log_topic,
         "SLUICE_PROGRESS_TOPIC": settings.progress_topic,
         "SLUICE_BLOB_URL": settings.blob_url,
-        "SLUICE_PROCESSOR_PORT": str(free_ports(1)[0]),
+        "SLUICE_PROCESSOR_PORT": str(settings.processor_port if "processor_port" in settings.model_fields_set else 0),
     }
     processor = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.processor", env={**os.environ, **environment}
@@ -176,18 +181,52 @@ async def _until_ready(url: str, process: asyncio.subprocess.Process) -> None:
 async def person_at(url: str, name: str) -> AsyncIterator[Person]:
     """Somebody with a token, at the api of this address."""
     headers = {"Authorization": f"Bearer {make_token(name, SECRET, ttl_s=3600)}"}
-    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=30, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=ANSWER_TIMEOUT_S, trust_env=False) as http:
         yield Person(name, http)
 
 
 async def ended(person: Person, batch_id: str) -> dict[str, Any]:
     """The batch when it came to its end; fails the test after DONE_TIMEOUT_S."""
-    async with asyncio.timeout(DONE_TIMEOUT_S):
-        while True:
-            batch: dict[str, Any] = (await person.get(f"/v1/batches/{batch_id}")).json()
-            if batch["completed_at"] is not None:
-                return batch
-            await asyncio.sleep(0.05)
+    # A problem has no such field: one that passes by (503) is asked again, any other is shown when the time is up.
+    return await answered_with(
+        lambda: person.get(f"/v1/batches/{batch_id}"), lambda batch: batch.get("completed_at") is not None
+    )
+
+
+async def answered(
+    ask: Callable[[], Awaitable[httpx.Response]], expected: int | str | Callable[[dict[str, Any]], bool]
+) -> httpx.Response:
+    """Ask again until the answer has this status, or this code, or a body as expected; fails the test after
+    DONE_TIMEOUT_S."""
+    last = "none"
+    try:
+        async with asyncio.timeout(DONE_TIMEOUT_S):
+            while not _is_as_expected(answer := await ask(), expected):
+                last = f"{answer.status_code} {answer.text}"
+                await asyncio.sleep(0.05)
+            return answer
+    except TimeoutError:
+        raise AssertionError(f"the answer that was waited for did not come; the last one was {last}") from None
+
+
+def _is_as_expected(answer: httpx.Response, expected: int | str | Callable[[dict[str, Any]], bool]) -> bool:
+    if isinstance(expected, int):
+        return answer.status_code == expected
+    body = answer.json()
+    return expected(body) if callable(expected) else bool(body.get("code") == expected)
+
+
+async def answered_with(
+    ask: Callable[[], Awaitable[httpx.Response]], expected: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any]:
+    """The body of the answer, asked for until it is as expected."""
+    body: dict[str, Any] = (await answered(ask, expected)).json()
+    return body
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file in a folder, also while some are removed from it."""
+    return sorted(Path(where) / name for where, _, names in os.walk(folder) for name in names)
 
 
 def code_of(answer: httpx.Response) -> str:

@@ -55,6 +55,8 @@ async def judge(settings: Settings, *, upto: Position | None = None) -> Judge:
         bootstrap_servers=settings.kafka_bootstrap_servers,
         topic=settings.log_topic,
         progress_topic=settings.progress_topic,
+        request_timeout_ms=30_000,  # a busy machine is no reason to judge nothing
+        silence_ms_max=30_000,
     )
     async with EventLog.open(log_settings) as log:
         for partition in range(settings.partitions):

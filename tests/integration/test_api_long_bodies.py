@@ -10,7 +10,16 @@ import pytest
 from services.api.forms import PARTS_MAX
 from services.api.lingering import LINGER_BYTES_MAX
 from services.auth import make_token
-from tests.integration.api_client import SECRET, Person, RunningApi, a_picture, api_settings, code_of, running_api
+from tests.integration.api_client import (
+    DONE_TIMEOUT_S,
+    SECRET,
+    Person,
+    RunningApi,
+    a_picture,
+    api_settings,
+    code_of,
+    running_api,
+)
 
 MIB = 1024 * 1024
 FILE_BYTES_MAX = 2 * MIB
@@ -21,12 +30,7 @@ ENOUGH_BYTES = FILE_BYTES_MAX + LINGER_BYTES_MAX + 16 * MIB
 @pytest.fixture
 async def api(kafka: str, database_url: str, unique: str, tmp_path: Path) -> AsyncIterator[RunningApi]:
     settings = api_settings(
-        kafka=kafka,
-        database_url=database_url,
-        unique=unique,
-        blobs=tmp_path / "blobs",
-        file_bytes_max=FILE_BYTES_MAX,
-        tail_lag_max_s=30,
+        kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs", file_bytes_max=FILE_BYTES_MAX
     )
     async with running_api(settings) as running:
         yield running
@@ -48,7 +52,7 @@ async def endless(api: RunningApi, request_line: str, content_type: str, beginni
             writer.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
             sent, chunk = sent + len(chunk), bytes(64 * 1024)
             await writer.drain()
-    await asyncio.wait_for(answering, 10)
+    await asyncio.wait_for(answering, DONE_TIMEOUT_S)
     writer.close()
     return bytes(answer)
 
@@ -100,7 +104,7 @@ async def test_a_form_longer_than_any_batch_is_refused_before_its_bytes(api: Run
         "Content-Type: multipart/form-data; boundary=x\r\nContent-Length: 10000000000000\r\n\r\n".encode()
     )
 
-    answer = await asyncio.wait_for(reader.read(), 10)
+    answer = await asyncio.wait_for(reader.read(), DONE_TIMEOUT_S)
 
     writer.close()
     assert answer.startswith(b"HTTP/1.1 413 ")

@@ -14,9 +14,10 @@ import pytest
 
 from services.auth import make_token
 from services.embedded.folders import free_ports
-from tests.integration.api_client import JPEG, SECRET, a_picture
+from tests.integration.api_client import JPEG, PATIENCE, SECRET, a_picture
 
-START_TIMEOUT_S = 30
+START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 60
 FILE_BYTES = 200_000_000
 GROWTH_BYTES_MAX = 30_000_000
 
@@ -50,6 +51,8 @@ def environment(kafka: str, database_url: str, unique: str, tmp_path: Path) -> d
         "SLUICE_JWT_SECRET": SECRET,
         "SLUICE_API_PORT": str(free_ports(1)[0]),
         "SLUICE_FILE_BYTES_MAX": str(FILE_BYTES),
+        "SLUICE_STOP_TIMEOUT_S": str(STOP_TIMEOUT_S),
+        **{f"SLUICE_{name.upper()}": str(value) for name, value in PATIENCE.items()},
     }
 
 
@@ -75,7 +78,7 @@ def client(environment: dict[str, str]) -> httpx.AsyncClient:
 
 
 async def until_nobody_listens(environment: dict[str, str]) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(STOP_TIMEOUT_S / 2):
         while True:
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", int(environment["SLUICE_API_PORT"]))
@@ -145,7 +148,7 @@ async def test_sigterm_lets_the_request_under_way_end(environment: dict[str, str
         await until_nobody_listens(environment)
         go_on.set()
         answer = await under_way
-        code = await asyncio.wait_for(process.wait(), 10)
+        code = await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
 
         assert (answer.status_code, code) == (202, 0)
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from services.auth import make_token
-from tests.integration.api_client import SECRET, api_settings, processor_beside, running_api
+from tests.integration.api_client import ANSWER_TIMEOUT_S, SECRET, api_settings, processor_beside, running_api
 
 RUN_S = 25
 STOPPED_AFTER_S = 110
@@ -34,6 +34,7 @@ async def test_no_request_gets_an_answer_that_is_not_described(
             f"{api.url}/openapi.json",
             *("--header", f"Authorization: Bearer {make_token('ada', SECRET, ttl_s=3600)}"),
             *("--max-time", str(RUN_S)),
+            *("--request-timeout", str(ANSWER_TIMEOUT_S)),
             *("--exclude-checks", CHECKS_LEFT_OUT),
             "--generation-deterministic",
             "--no-color",

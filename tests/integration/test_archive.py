@@ -17,6 +17,8 @@ from services.archive.importing import Importer
 from services.archive.manifest import ArchiveRefused, load
 from services.archive.places import Folder, PlaceUnavailable, place_of
 from services.archive.selecting import Erasure, Slice, Whole
+from services.cli import log_tail
+from services.cli.errors import WrongUse
 from services.eventlog import LogRefused
 from tests.archives import (
     ADAS,
@@ -87,6 +89,10 @@ async def test_services_take_an_import_for_a_log_whose_old_positions_are_good(
     assert identity.here(last) == Position.of(here, dict(last.offsets))
     beyond = Position.of(manifest.log_id, {0: ends[0]})
     assert identity.here(beyond) == beyond
+    tailed = await log_tail.span(fresh.log, start=str(last), end=str(last), newest=0, follow=False)
+    assert tailed.first == tailed.last == {number: end - 1 for number, end in ends.items()}
+    with pytest.raises(WrongUse, match=f"is a position of the log {beyond.log}, and this is the log {here[:8]}"):
+        await log_tail.span(fresh.log, start=str(beyond), end=None, newest=0, follow=False)
     newest = (await fresh.records())[0][-1]
     assert newest.timestamp_ms > (await used.records())[0][-1].timestamp_ms, "times are the broker's again"
 

@@ -20,6 +20,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import MessageSizeTooLargeError, UnknownTopicOrPartitionError
 
 from services.embedded import EmbeddedError, EmbeddedKafka, EmbeddedPostgres, jars
+from services.embedded.folders import free_ports
 from services.embedded.locked import KAFKA_VERSION
 from services.embedded.server import EmbeddedServer
 
@@ -221,11 +222,10 @@ async def test_properties_of_the_caller_win(data_dir: Path) -> None:
 
 @both
 async def test_a_taken_port_is_refused_by_number(server_class: type[EmbeddedServer], data_dir: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-
-        with pytest.raises(EmbeddedError, match=f"port {port}, asked for {server_class.name}"):
-            await server_class(data_dir=data_dir, port=port).start()
+    (port,) = free_ports(1)  # one that no client's socket is given before the server has it
+    refused = pytest.raises(EmbeddedError, match=f"port {port}, asked for {server_class.name}")
+    with socket.create_server(("127.0.0.1", port)), refused:
+        await server_class(data_dir=data_dir, port=port).start()
 
     async with server_class(data_dir=data_dir, port=port) as server:
         assert server.port == port
@@ -297,8 +297,7 @@ async def test_a_failed_start_shows_the_end_of_the_log_and_leaves_the_folder_usa
 
 
 async def test_a_first_fetch_without_network_says_so(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as nobody:
-        port = nobody.getsockname()[1]
+    (port,) = free_ports(1)  # where nobody listens, nor will
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
 
     with pytest.raises(EmbeddedError, match=r"could not be fetched from Maven Central.*needs the network"):

@@ -18,8 +18,8 @@ from schemas.ids import new_id
 from schemas.position import Position
 from schemas.records import NewRecord, StoredRecord
 from services.database import Database
-from services.eventlog import EventLog, LogSettings, LogWriter
-from services.history import GAP_RECORDS_MAX, History, Past, TooMuchPastError, ranges
+from services.eventlog import EventLog, LogSettings, LogUnavailable, LogWriter
+from services.history import History, Past, TooMuchPastError
 from services.processor.projection import Projection
 from services.processor.rows import Rows
 from services.tail import Tail
@@ -264,7 +264,10 @@ async def test_what_is_given_out_is_the_callers_own(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("projected", [False, True])
-async def test_unknown_foreign_and_deleted_batches_are_not_found(scene: Scene, *, projected: bool) -> None:
+async def test_unknown_foreign_and_deleted_batches_are_not_found(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, *, projected: bool
+) -> None:
+    monkeypatch.setattr("services.history.END_TIMEOUT_S", 60.0)
     gone, kept = an_id("gone"), an_id("kept")
     await scene.append(a_batch_created(gone), a_batch_created(kept), a_batch_deleted(gone))
     if projected:
@@ -277,6 +280,18 @@ async def test_unknown_foreign_and_deleted_batches_are_not_found(scene: Scene, *
             with pytest.raises(RequestError) as asked_state:
                 await history.state_at(batch_id, user_id=user_id, at=Position.of(scene.log_id, {0: 1}))
             assert (asked_events.value.code, asked_state.value.code) == (Code.NOT_FOUND, Code.NOT_FOUND)
+
+
+async def test_nobody_is_told_not_found_while_the_log_cannot_be_read_to_its_end(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(_tail: Tail, _timeout_s: float) -> bool:
+        return False
+
+    async with scene.history() as history:
+        monkeypatch.setattr(Tail, "reached_end", away)
+        with pytest.raises(LogUnavailable, match="ask again"):
+            await history.events(an_id("made elsewhere"), user_id=USER, limit=10)
 
 
 async def test_a_position_of_another_log_or_beyond_the_end_is_refused(
@@ -309,14 +324,3 @@ async def test_a_replay_tells_each_effective_fact_with_the_batch_after_it_the_de
             await anext(history.replayed(batch_id, after=2, upto=8, facts_max=6))
 
     assert heard == [(3, False, 0, False), (5, True, 0, False), (6, True, 1, False), (7, True, 1, True)]
-
-
-def test_offsets_close_together_are_read_in_one_go_and_gaps_are_skipped() -> None:
-    far = 5 + GAP_RECORDS_MAX
-
-    assert list(ranges([3])) == [(3, 3)]
-    assert list(ranges([3, 5, far, far + 1 + GAP_RECORDS_MAX, 10_000])) == [
-        (3, far),
-        (far + 1 + GAP_RECORDS_MAX, far + 1 + GAP_RECORDS_MAX),
-        (10_000, 10_000),
-    ]

@@ -25,7 +25,7 @@ from websockets.asyncio.client import connect
 
 from services.auth import make_token
 from services.embedded.folders import free_ports
-from tests.integration.api_client import Person, ended
+from tests.integration.api_client import ANSWER_TIMEOUT_S, PATIENCE, Person, ended
 
 SECRET = "the-secret-Xq7mark-of-this-test-which-is-long"
 PASSWORD = "passXq7mark"
@@ -34,6 +34,7 @@ USER_IN_TOKEN = "ada-Xq7mark"
 MARK = "Xq7mark"
 SERVICES = ("api", "notifier", "processor")
 START_TIMEOUT_S = 60
+STOP_TIMEOUT_S = 60
 
 
 def a_picture() -> bytes:
@@ -75,7 +76,7 @@ async def service(name: str, environment: dict[str, str], log: Path) -> AsyncIte
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-            await asyncio.wait_for(process.wait(), 30)
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
 
 
 async def until_said(log: Path, text: str) -> None:
@@ -101,6 +102,7 @@ async def test_no_secret_token_or_content_is_logged(
         "SLUICE_PROCESSOR_PORT": str(processor_port),
         "SLUICE_LOG_LEVEL": "debug",
         "SLUICE_LOG_FORMAT": log_format,
+        **{f"SLUICE_{name.upper()}": str(value) for name, value in PATIENCE.items()},
     }
     token = make_token(USER_IN_TOKEN, SECRET, ttl_s=600)
     logs = {name: tmp_path / f"{name}.log" for name in SERVICES}
@@ -123,10 +125,9 @@ async def test_no_secret_token_or_content_is_logged(
 
 async def _use(api: str, notifier: str, token: str) -> None:
     """Everything that carries a token or a file, rightly and wrongly."""
-    async with httpx.AsyncClient(base_url=api, trust_env=False, timeout=30) as stranger:
-        async with httpx.AsyncClient(
-            base_url=api, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=30
-        ) as http:
+    options: dict[str, Any] = {"base_url": api, "trust_env": False, "timeout": ANSWER_TIMEOUT_S}
+    async with httpx.AsyncClient(**options) as stranger:
+        async with httpx.AsyncClient(**options, headers={"Authorization": f"Bearer {token}"}) as http:
             ada = Person("ada", http)
             made = (await ada.send("/v1/batches", {"a.jpg": a_picture(), "b.txt": IN_FILE.encode()})).json()
             open_batch = await ada.opens_batch()

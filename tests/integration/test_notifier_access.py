@@ -13,7 +13,7 @@ from services.auth import make_token
 from services.notifier.main import notifying
 from services.serving import serving
 from services.settings import Settings
-from tests.notifiers import SECRET, Scene, a_quiet_scene, settings_for
+from tests.notifiers import SECRET, SOON_S, Scene, a_quiet_scene, settings_for
 from tests.unit.test_keys import Signer
 
 
@@ -35,7 +35,8 @@ async def test_a_token_that_may_not_read_is_told_nothing(kafka: str, database_ur
 
         refused = await greeted(scene, writing)
         reading = await greeted(scene, make_token("ada", SECRET, ttl_s=60, scopes=["read"]))
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{scene.port}", trust_env=False) as http:
+        url = f"http://127.0.0.1:{scene.port}"
+        async with httpx.AsyncClient(base_url=url, timeout=SOON_S, trust_env=False) as http:
             stream = await http.get("/v1/stream", headers={"Authorization": f"Bearer {writing}"})
 
         assert refused[0] == 4001

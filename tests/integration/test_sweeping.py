@@ -14,6 +14,7 @@ from schemas.records import NewRecord
 from services.blobs import LocalBlobs
 from services.blobs.local_shelf import TRASH
 from services.sweeping import Report, Sweeper, SweepRefused
+from tests.integration.api_client import files_below
 from tests.lanes import WAIT_S, Lane, a_lane, a_new_id
 
 DAY_S = 24 * 3600.0
@@ -56,9 +57,9 @@ def grow_old(path: Path, *, age_s: float = 2 * DAY_S) -> None:
 
 
 def blobs(lane: Lane) -> set[str]:
-    """What lies in the store, without the trash."""
-    found = (path.relative_to(lane.blobs).as_posix() for path in lane.blobs.rglob("*") if path.is_file())
-    return {name for name in found if not name.startswith(TRASH)}
+    """What lies in the store, without the trash and what the processor writes each second to see whether it can."""
+    found = (path.relative_to(lane.blobs).as_posix() for path in files_below(lane.blobs))
+    return {name for name in found if not name.startswith((TRASH, ".check-"))}
 
 
 def trash(lane: Lane) -> set[str]:

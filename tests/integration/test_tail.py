@@ -33,6 +33,7 @@ from tests.examples import (
     fold,
     records_of,
 )
+from tests.notifiers import SOON_S, until
 
 LOG_ID = a_log_created().log_id
 OTHER = an_id("another batch")
@@ -128,12 +129,12 @@ async def test_a_batch_loaded_at_any_moment_ends_in_the_state_of_the_whole_log(
 
     async with opened(log, database) as tail, contextlib.AsyncExitStack() as stack:
         log.feed(read_at_load)
-        assert await tail.reached(Position.of(LOG_ID, {0: max(read_at_load, projected_at_start) - 1}), 5)
+        assert await tail.reached(Position.of(LOG_ID, {0: max(read_at_load, projected_at_start) - 1}), SOON_S)
         await project(database, records[: max(projected_at_start, projected_at_load)])
         loading = asyncio.create_task(stack.enter_async_context(tail.hold(BATCH)))
         log.feed(len(records))
         held = await loading
-        assert await tail.reached_end(5)
+        assert await tail.reached_end(SOON_S)
 
         expected = fold(records)
         assert held is not None
@@ -148,12 +149,12 @@ async def test_every_fact_of_a_held_batch_is_heard_once_in_order_with_its_outcom
 
     async with opened(log, database) as tail:
         log.feed(3)
-        assert await tail.reached(Position.of(LOG_ID, {0: 2}), 5)
+        assert await tail.reached(Position.of(LOG_ID, {0: 2}), SOON_S)
         async with tail.hold(BATCH):
             heard.clear()
             tail.listen(heard.append)
             log.feed(len(records))
-            assert await tail.reached_end(5)
+            assert await tail.reached_end(SOON_S)
 
     assert [(folded.fact.offset, isinstance(folded.outcome, Changed)) for folded in heard] == [
         (3, True), (5, True), (6, True), (8, False), (9, True), (10, True), (11, True),
@@ -171,11 +172,11 @@ async def test_a_write_is_read_back_in_the_order_it_was_asked_for(database: Data
 
     async with opened(log, database) as tail:
         log.feed(3)
-        assert await tail.reached(Position.of(LOG_ID, {0: 2}), 5)
+        assert await tail.reached(Position.of(LOG_ID, {0: 2}), SOON_S)
         async with tail.hold(BATCH):
             read_back = tail.read_back(ids)
             log.feed(len(records))
-            folded = await read_back.wait(5)
+            folded = await read_back.wait(SOON_S)
 
     assert [(each.fact.offset, isinstance(each.outcome, Changed)) for each in folded] == [(8, False), (6, True)]
 
@@ -197,7 +198,7 @@ async def test_a_batch_made_here_is_folded_without_asking_the_database(database:
         await database.close()
         tail.create(batch_id)
         log.feed(len(records))
-        assert await tail.reached(Position.of(LOG_ID, {0: 1}), 5)
+        assert await tail.reached(Position.of(LOG_ID, {0: 1}), SOON_S)
         async with tail.hold(batch_id) as held:
             assert held is not None
             assert held.batch is not None
@@ -214,7 +215,7 @@ async def test_an_unknown_batch_is_none_until_its_first_fact_comes(database: Dat
         async with tail.hold(BATCH) as held:
             assert held is None
             log.feed(len(records))
-            assert await tail.reached_end(5)
+            assert await tail.reached_end(SOON_S)
         async with tail.hold(BATCH) as held:
             assert held is not None
 
@@ -235,11 +236,11 @@ async def test_facts_that_are_projected_are_dropped_and_the_others_never(databas
 
     async with opened(log, database, facts_max=10) as tail:
         log.feed(len(records))
-        assert await tail.reached_end(5)
+        assert await tail.reached_end(SOON_S)
         assert (tail.full, tail.unprojected()) == (True, len(records))
 
         await project(database, records[:9])
-        assert await tail.projected_past(Position.of(LOG_ID, {0: 8}), 5)
+        assert await tail.projected_past(Position.of(LOG_ID, {0: 8}), SOON_S)
 
         assert (tail.full, tail.unprojected()) == (False, len(records) - 9)
         async with tail.hold(BATCH) as held:
@@ -253,7 +254,7 @@ async def test_read_models_that_went_back_are_not_mixed_with_newer_facts(databas
 
     async with opened(log, database) as tail:
         log.feed(len(records))
-        assert await tail.reached_end(5)
+        assert await tail.reached_end(SOON_S)
         async with database.connection() as connection:
             await connection.execute("UPDATE gen_1.positions SET next_offset = 4")
 
@@ -266,12 +267,12 @@ async def test_a_log_that_is_away_is_said_and_the_tail_goes_on_when_it_is_back(d
     log = FedLog(records, away=True)
 
     async with opened(log, database) as tail:
-        await asyncio.wait_for(log.missed.wait(), 5)
+        await asyncio.wait_for(log.missed.wait(), SOON_S)
         (problem,) = tail.problems()
         assert problem.startswith("the broker is away (since 2")
         log.away = False
         log.feed(len(records))
-        await asyncio.wait_for(tail.caught_up(), 5)
+        await asyncio.wait_for(tail.caught_up(), SOON_S)
 
-        assert tail.problems() == []
-        assert tail.lag_s() < 5
+        await until(lambda: tail.problems() == [])
+        assert tail.lag_s() < SOON_S

@@ -1,7 +1,8 @@
 """A tail that follows a user tells of every fact of its batches exactly, also where the read models are ahead of it."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import cast
 
 import pytest
@@ -35,7 +36,7 @@ from tests.examples import (
     records_of,
 )
 from tests.integration.test_tail import FedLog, project
-from tests.notifiers import until
+from tests.notifiers import SOON_S, patient, until
 
 FIRST, SECOND, FOREIGN = an_id("first batch"), an_id("second batch"), an_id("a foreign batch")
 ONE, TWO = an_id("upload one"), an_id("upload two")
@@ -65,6 +66,13 @@ STORY: list[LogEvent] = [
     a_batch_deleted(FIRST),
     an_upload_started(TWO, SECOND, epoch=10),
 ]
+
+
+@pytest.fixture(autouse=True)
+def patience() -> Iterator[None]:
+    """Nobody is lost because this machine stood still for some seconds."""
+    with patient():
+        yield
 
 
 @pytest.fixture
@@ -123,7 +131,7 @@ async def test_every_effective_fact_of_a_followed_user_is_told_where_rows_are_ah
         await until(lambda: tail.projected().includes(Position.of(LOG_ID, {0: len(records) - 1})))
         for end in range(begin, len(records) + chunk, chunk):
             log.feed(min(end, len(records)))
-            assert await tail.reached(Position.of(LOG_ID, {0: min(end, len(records)) - 1}), 5)
+            assert await tail.reached(Position.of(LOG_ID, {0: min(end, len(records)) - 1}), SOON_S)
 
     told = [each for each in heard if each[1]]
     assert told == [each for each in effects(records) if each[1] and each[0] >= begin]
@@ -135,7 +143,7 @@ async def test_what_a_followed_user_did_beyond_the_read_models_is_named(database
 
     async with opened(records, database) as (log, tail):
         log.feed(len(records))
-        assert await tail.reached_end(5)
+        assert await tail.reached_end(SOON_S)
         touched = tail.follow(USER, pytest.fail)
 
     assert touched == {FIRST, SECOND, FOREIGN}, "another user's batch too, where this one tried"
@@ -148,7 +156,7 @@ async def test_unfinished_batches_of_a_followed_user_stay_in_memory_and_others_d
     async with opened(records, database) as (log, tail):
         tail.follow(USER, pytest.fail)
         log.feed(len(records))
-        assert await tail.reached_end(5)
+        assert await tail.reached_end(SOON_S)
         for batch in foreign:
             async with tail.hold(batch.batch_id):
                 pass
@@ -173,7 +181,7 @@ async def test_a_user_is_lost_where_a_batch_cannot_be_looked_up_and_reading_goes
         tail.follow(USER, lost.append)
         monkeypatch.setattr(Database, "snapshot", away)
         log.feed(len(records))
-        reached = await tail.reached_end(5)
+        reached = await tail.reached_end(SOON_S)
         monkeypatch.undo()
         async with tail.hold(SECOND) as held:
             status = held.batch.status if held is not None and held.batch is not None else None
@@ -189,13 +197,56 @@ async def test_what_the_tail_has_beyond_the_read_models_is_kept_for_the_history_
 
     async with opened(records, database) as (log, tail):
         log.feed(len(records))
-        assert await tail.reached_end(5)
+        assert await tail.reached_end(SOON_S)
         async with tail.hold(FIRST):
             kept = [(each.fact.offset, each.ignored) for each in tail.unprojected_of(FIRST)]
 
     assert kept == [
         (15, Ignored.STALE_EPOCH), (16, None), (17, None), (18, None), (21, None), (22, Ignored.REPETITION),
     ]  # fmt: skip
+
+
+async def test_a_user_followed_while_facts_of_its_own_wait_for_another_misses_none_of_them(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Given a read that brings facts of two users, and has to look up a batch of the one who is followed
+    begin = [*OPENING, a_batch_created(FOREIGN, user_id=OTHER_USER)]
+    poll = [a_batch_created(FIRST), an_upload_queued(ONE, FIRST), a_batch_sealed(FOREIGN, user_id=OTHER_USER)]
+    records = records_of(*begin, *poll, an_upload_started(ONE, FIRST))
+    await project(database, records[: len(begin)])
+    asked, answered = asyncio.Event(), asyncio.Event()
+    snapshot = Database.snapshot
+
+    async def slowly(self: Database, batch_id: str) -> Snapshot:
+        asked.set()
+        await answered.wait()
+        return await snapshot(self, batch_id)
+
+    monkeypatch.setattr(Database, "snapshot", slowly)
+    heard: list[int] = []
+    async with opened(records, database) as (log, tail):
+        tail.listen(lambda folded: heard.append(folded.fact.offset))
+        tail.follow(OTHER_USER, pytest.fail)
+        log.feed(len(begin) + len(poll))
+        await asked.wait()
+
+        # When the other user is followed just then
+        touched = tail.follow(USER, pytest.fail)
+        holding = [asyncio.create_task(held(tail, batch_id)) for batch_id in touched]
+        answered.set()
+        await asyncio.gather(*holding)
+        log.feed(len(records))
+        assert await tail.reached_end(SOON_S)
+
+    # Then every fact of its batch is told, the worker's too, which do not name the user
+    assert touched == {FIRST}
+    assert [offset for offset in heard if decode(records[offset]).batch_id == FIRST] == [3, 4, 6]
+
+
+async def held(tail: Tail, batch_id: str) -> None:
+    """As one who begins to follow holds each batch once."""
+    async with tail.hold(batch_id):
+        pass
 
 
 async def test_a_batch_that_was_brought_is_not_let_go_of_before_its_fact_was_taken(
@@ -220,7 +271,7 @@ async def test_a_batch_that_was_brought_is_not_let_go_of_before_its_fact_was_tak
         await until(lambda: tail.projected().includes(Position.of(LOG_ID, {0: len(records) - 1})))
         monkeypatch.setattr(Database, "snapshot", snapshot_and_evict)
         log.feed(len(records))
-        assert await tail.reached_end(5)
+        assert await tail.reached_end(SOON_S)
 
     assert [each[0] for each in effects(records) if each[1] and each[0] >= 9] == [
         offset for offset in heard if offset not in IGNORED

@@ -1,7 +1,6 @@
 """The tail beside read models that are rebuilt: it goes on with the new ones, and holds no more than it may."""
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -23,10 +22,10 @@ from tests.examples import (
     an_upload_succeeded,
 )
 from tests.fakes import FakeKafka, FakeLog
+from tests.notifiers import SOON_S, until
 from tests.rebuilds import Ground
 
 SECOND = an_id("second")
-SOON_S = 10.0
 
 
 @pytest.fixture
@@ -39,12 +38,6 @@ async def ground(database_url: str) -> AsyncIterator[Ground]:
         identity = await log.ensure_created(partitions=1, source="test")
         yield Ground(log, identity.log_id, 1, database)
     await database.close()
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(SOON_S):
-        while not condition():  # noqa: ASYNC110  # it is true of a state that nobody announces
-            await asyncio.sleep(0.01)
 
 
 async def test_a_batch_in_use_is_what_the_rebuilt_rows_say_and_nobody_misses_a_fact_or_hears_one_twice(
@@ -73,7 +66,7 @@ async def test_a_batch_in_use_is_what_the_rebuilt_rows_say_and_nobody_misses_a_f
             assert (held.batch, held.uploads) == (snapshot.batch, snapshot.uploads)
             assert {upload.status for upload in held.uploads.values()} == {"completed"}
         assert [each.fact.offset for each in heard] == [5, 6, 7, 8, 9]
-        assert tail.problems() == []
+        await until(lambda: tail.problems() == [])
 
 
 async def test_nothing_is_missed_of_a_followed_users_batch_that_a_retry_brought_to_life(ground: Ground) -> None:
@@ -111,7 +104,8 @@ async def test_a_tail_reads_no_further_than_it_may_hold_until_the_read_models_fo
 
         assert not await tail.reached_end(0.3)
         assert (tail.full, tail.unprojected()) == (True, 120)
-        assert tail.problems() == ["120 facts wait for the read models, so the log is read no further until these move"]
+        waits = "120 facts wait for the read models, so the log is read no further until these move"
+        await until(lambda: tail.problems() == [waits])
         assert tail.lag_s() == float("inf")
         await ground.project(poll=100)
         assert await tail.reached_end(SOON_S)

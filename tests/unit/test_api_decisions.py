@@ -156,6 +156,38 @@ def test_a_request_retries_an_upload_once_even_if_it_fails_again() -> None:
     assert code_of(refused) is Code.IDEMPOTENCY_KEY_REUSED
 
 
+def test_an_older_request_retries_nothing_after_another_one_did_and_failed() -> None:
+    story = [a_batch_created(), an_upload_queued(), an_upload_started(), an_upload_failed()]
+    story += [an_upload_retried(request=a_request("older")), an_upload_started(attempt=2), an_upload_failed(attempt=2)]
+    story += [an_upload_retried(queueing=3, request=a_request("newer"))]
+    state = fold(log_of(*OPENING, *story, an_upload_started(attempt=3), an_upload_failed(attempt=3)))
+    batch, upload = state.batches[BATCH], state.uploads[UPLOAD]
+
+    for key in ("older", "newer"):
+        assert decisions.retry_upload(batch, upload, user_id=USER, request=a_request(key)) == []
+        assert decisions.retry_batch(batch, [upload], user_id=USER, request=a_request(key)) == []
+    assert len(decisions.retry_upload(batch, upload, user_id=USER, request=a_request("third"))) == 1
+
+
+def test_a_repeated_request_retries_what_the_log_did_not_hear_of_it_the_first_time() -> None:
+    story = [a_batch_created(), an_upload_queued(), an_upload_queued(OTHER_UPLOAD)]
+    story += [an_upload_started(), an_upload_failed(), an_upload_started(OTHER_UPLOAD), an_upload_failed(OTHER_UPLOAD)]
+    half = fold(log_of(*OPENING, *story, an_upload_retried(request=a_request())))
+    batch, uploads = half.batches[BATCH], half.uploads.values()
+
+    events = decisions.retry_batch(batch, uploads, user_id=USER, request=a_request())
+
+    assert [event.upload_id for event in events if isinstance(event, UploadRetried)] == [OTHER_UPLOAD]
+
+
+def test_a_repeated_retry_of_a_batch_that_was_cancelled_since_is_granted() -> None:
+    batch, upload = a_batch_with_a_failure(retried_by=a_request())
+    batch.status = "cancelled"
+
+    assert decisions.retry_batch(batch, [upload], user_id=USER, request=a_request()) == []
+    assert decisions.retry_upload(batch, upload, user_id=USER, request=a_request()) == []
+
+
 def test_only_failed_uploads_are_retried() -> None:
     state = fold(log_of(*OPENING, a_batch_created(), an_upload_queued()))
     batch, upload = state.batches[BATCH], state.uploads[UPLOAD]

@@ -13,13 +13,11 @@ from schemas.ids import derived_id
 from schemas.position import Position
 from schemas.records import StoredRecord
 from services.archive import lines
-from services.archive.exporting import Progress
 from services.archive.lines import DamagedLineError, Gap
 from services.archive.manifest import MANIFEST, ArchiveRefused, Manifest, Segment, checked, load, save
 from services.archive.places import Bucket, Folder, PlaceUnavailable, place_of
 from services.archive.selecting import Erasure, Slice
 from services.cli import archives
-from services.cli.archives import Pace
 from services.cli.errors import WrongUse
 from services.eventlog import LogIdentity
 from services.eventlog.identity import random_log_id
@@ -272,20 +270,3 @@ def test_an_export_without_a_kafka_asks_which_one(tmp_path: Path, monkeypatch: p
     with pytest.raises(WrongUse, match=r"Which Sluice\? Nothing runs in .*SLUICE_KAFKA_BOOTSTRAP_SERVERS is not set"):
         archives.export_log(tmp_path, str(tmp_path / "backup"), batch=None, erase=None, as_json=False)
     assert list(tmp_path.iterdir()) == []
-
-
-# What is told meanwhile
-
-
-def test_progress_says_how_far_how_fast_and_how_long_from_where_the_run_began() -> None:
-    clock = iter([100.0, 104.0, 104.5, 110.0])
-    pace = Pace(clock=lambda: next(clock))
-
-    said = [pace.line(Progress("exporting", done, 41_000), pause_s=1) for done in (1_000, 5_000, 6_000, 11_000)]
-
-    assert said == [
-        "exporting: 1,000 of 41,000 records",
-        "exporting: 5,000 of 41,000 records, 1,000 records/s, 36 s left",
-        None,
-        "exporting: 11,000 of 41,000 records, 1,000 records/s, 30 s left",
-    ]

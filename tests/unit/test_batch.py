@@ -7,7 +7,7 @@ import copy
 
 import pytest
 
-from schemas.batch import Batch, Changed, Lane, Upload, cancel_swept, completion, evolve, step
+from schemas.batch import Batch, Changed, Lane, Upload, cancel_swept, completion, evolve, retried_at, step
 from schemas.events import LogEvent
 from tests.examples import (
     BATCH,
@@ -278,6 +278,21 @@ def test_attempts_count_on_over_queueings() -> None:
 
     upload = state.uploads[UPLOAD]
     assert (upload.attempts, upload.attempts_of_queueing, upload.queueing) == (4, 1, 3)
+
+
+def test_one_request_may_queue_several_failed_uploads_again_and_the_batch_keeps_where_it_last_did() -> None:
+    request = a_request()
+    failed = [*WORKED, an_upload_queued(OTHER_UPLOAD), an_upload_failed()]
+    failed += [an_upload_started(OTHER_UPLOAD), an_upload_failed(OTHER_UPLOAD)]
+
+    state = after(*failed, an_upload_retried(request=request), an_upload_retried(OTHER_UPLOAD, request=request))
+
+    batch = state.batches[BATCH]
+    assert (state.ignored, counts(batch)) == ([], {"queued": 2})
+    assert batch.requests == {request.key_hash: request.body_hash}
+    assert batch.retries == {request.key_hash: batch.offset}
+    assert retried_at(batch, request) == state.uploads[OTHER_UPLOAD].offset
+    assert (retried_at(batch, a_request("another")), retried_at(batch, None)) == (None, None)
 
 
 def test_cancelling_ends_what_has_not_ended_and_keeps_the_rest() -> None:

@@ -1,5 +1,6 @@
 """Which Sluice a command talks to, and what `up` plans before it starts anything."""
 
+import os
 import socket
 import stat
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def running(tmp_path: Path) -> Path:
     """A folder where an `up` runs."""
     connection.keep_secret(tmp_path)
-    connection.write_endpoints(tmp_path, {"api": HERE})
+    connection.write_endpoints(tmp_path, {"api": HERE, "pid": os.getpid()})
     return tmp_path
 
 
@@ -95,6 +96,24 @@ def test_broken_endpoints_are_as_good_as_none(tmp_path: Path) -> None:
     connection.endpoints_file(tmp_path).write_text("{")
 
     assert connection.read_endpoints(tmp_path) == {}
+
+
+@pytest.mark.parametrize("pid", [2**22 + 1, 2**80, 0, -1, "1", None])
+def test_what_a_killed_up_left_behind_is_as_good_as_nothing(tmp_path: Path, pid: object) -> None:
+    connection.write_endpoints(tmp_path, {"api": HERE, "pid": pid})
+
+    assert connection.read_endpoints(tmp_path) == {}
+    with pytest.raises(WrongUse, match=r"nothing runs in .*`sluice up`"):
+        connection.find(data_dir=tmp_path)
+
+
+def test_an_up_of_another_user_runs(running: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_pid: int, _signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(connection.os, "kill", refused)
+
+    assert connection.read_endpoints(running)["api"] == HERE
 
 
 def test_a_taken_port_is_refused_where_it_was_asked_for(tmp_path: Path, taken_port: int) -> None:

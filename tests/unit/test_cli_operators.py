@@ -15,7 +15,7 @@ from services.cli.checkup import Ailing, NotNeeded, Patient
 from services.cli.connection import write_endpoints
 from services.cli.errors import WrongUse
 from services.cli.log_tail import Filter, Users
-from services.cli.operating import operator_settings
+from services.cli.operating import kafka_of, operator_settings
 from services.settings import load
 from services.sweeping import unwanted
 from tests.examples import (
@@ -225,6 +225,8 @@ async def test_a_file_that_a_killed_up_left_behind_is_not_taken_for_a_running_on
     with pytest.raises(Ailing, match="was killed") as found:
         await ailments_here.last_end(patient)
     assert found.value.bearable
+    with pytest.raises(WrongUse, match="Nothing runs in"):
+        await kafka_of(tmp_path, make=False).__aenter__()
 
 
 async def test_a_taken_port_a_folder_that_cannot_be_written_and_an_old_year_are_told(

@@ -7,67 +7,11 @@ import pytest
 from schemas.records import StoredRecord
 from services.cli import quarantine, rebuilding
 from services.cli.errors import WrongUse
-from services.processor import rebuilding as doing
-from services.processor.rebuilding import Progress
 from services.processor.replay import Replayed
 from services.processor.verifying import Difference, Verified
 from tests.examples import LOG_ID
 
 ENTRY = quarantine.Entry(LOG_ID, 0, 7, 1_767_268_800_000, "a tombstone: the record has no value")
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What time it is: the only item."""
-    now_s = [100.0]
-    monkeypatch.setattr(doing.time, "monotonic", lambda: now_s[0])
-    return now_s
-
-
-def test_rate_and_time_left_follow_the_last_seconds(clock: list[float]) -> None:
-    progress = Progress("folding the log", records_in_all=10_000)
-    assert (progress.rate_per_s, progress.left_s) == (0.0, None)
-
-    for _ in range(20):
-        progress.folded(100)
-        clock[0] += 1
-    for _ in range(10):
-        progress.folded(500)
-        clock[0] += 1
-
-    assert progress.rate_per_s == 500
-    assert (progress.records, progress.left_s) == (7_000, 6.0)
-
-
-def test_progress_is_told_at_each_step_and_else_seldom(clock: list[float]) -> None:
-    told: list[tuple[str, int]] = []
-    on_step = rebuilding._seldom(5.0, lambda progress: told.append((progress.step, progress.records)))
-    progress = Progress("folding the log", records_in_all=100)
-
-    for _ in range(12):
-        on_step(progress)
-        progress.folded(1)
-        clock[0] += 1
-    progress.step = "switching"
-    on_step(progress)
-
-    assert told == [("folding the log", 0), ("folding the log", 5), ("folding the log", 10), ("switching", 12)]
-
-
-def test_progress_is_a_sentence_for_people_and_json_for_programs(clock: list[float]) -> None:
-    progress = Progress("folding the log", records_in_all=1_000)
-    for _ in range(2):
-        progress.folded(100)
-        clock[0] += 1
-
-    assert rebuilding._sentence(progress) == "folding the log: 200 of 1000 records, 100/s, 0:08 left"
-    assert rebuilding._as_json(progress) == {
-        "step": "folding the log",
-        "records": 200,
-        "records_in_all": 1_000,
-        "records_per_s": 100.0,
-        "left_s": 8.0,
-    }
 
 
 def test_a_replay_says_what_is_in_quarantine_and_what_it_could_not_drop() -> None:

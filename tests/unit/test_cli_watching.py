@@ -53,7 +53,7 @@ READY = {"type": "ready", "user_id": "me", "heartbeat_s": 20, "position": "1f3a9
 
 async def take(watch: Watch, count: int) -> list[dict[str, Any]]:
     taken: list[dict[str, Any]] = []
-    async with asyncio.timeout(10), contextlib.aclosing(watch.messages()) as messages:
+    async with asyncio.timeout(30), contextlib.aclosing(watch.messages()) as messages:
         async for message in messages:
             taken.append(message)
             if len(taken) == count:

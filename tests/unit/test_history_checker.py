@@ -9,6 +9,7 @@ import pytest
 
 from schemas.batch import Batch
 from schemas.events import LogEvent
+from schemas.ids import partition_of
 from schemas.position import Position
 from schemas.records import StoredRecord
 from tests.examples import (
@@ -17,13 +18,16 @@ from tests.examples import (
     LOG_ID,
     OPENING,
     OTHER_UPLOAD,
+    OTHER_USER,
     UPLOAD,
+    USER,
     a_batch_cancelled,
     a_batch_completed,
     a_batch_created,
     a_batch_deleted,
     a_batch_sealed,
     a_lane_claimed,
+    an_id,
     an_upload_attempt_failed,
     an_upload_failed,
     an_upload_interrupted,
@@ -45,7 +49,7 @@ from tests.faults.checking import (
     Usage,
     violations,
 )
-from tests.faults.checking.folded import fold_again
+from tests.faults.checking.folded import FoldedLog, Told, fold_again
 
 CRASHED_AND_DONE: tuple[LogEvent, ...] = (
     *OPENING,
@@ -119,9 +123,13 @@ def a_stream(records: list[StoredRecord]) -> Stream:
             here = stream.messages[-1]["position"]
             resumed = {"type": "subscribed", "batch_id": BATCH, "position": here, "recovered": True}
             stream.messages += [{"type": "cut", "reason": "1012"}, resumed]
-        event = {"id": each.event_id, "type": "", "time": "", "data": {}}
-        stream.messages.append({"type": "event", "position": at(each.offset), "event": event, "batch": each.counts})
+        stream.messages.append(an_event(BATCH, each, at(each.offset)))
     return stream
+
+
+def an_event(batch_id: str, told: Told, position: str) -> dict[str, Any]:
+    event = {"id": told.event_id, "type": "", "time": "", "data": {"batch_id": batch_id}}
+    return {"type": "event", "position": position, "event": event, "batch": copy.copy(told.counts)}
 
 
 def a_snapshot(offset: int, counts: dict[str, Any] | None) -> dict[str, Any]:
@@ -329,15 +337,15 @@ def leak_tasks(history: Evidence) -> None:
         (begin_without_log_created, "partition 0 does not begin with LogCreated"),
         (quarantine_what_can_be_read, "0-5 is in quarantine, though it can be read"),
         (quarantine_nothing_of_a_tombstone, "0-17 is not in quarantine"),
-        (stream_a_gap, "between 3 and 5 the facts at 4 were not told"),
-        (stream_a_duplicate, "the fact at 4 came again or out of order"),
-        (stream_in_another_order, "the fact at 3 came again or out of order"),
+        (stream_a_gap, "between 0-3 and 0-5 the facts at 0-4 were not told"),
+        (stream_a_duplicate, "the fact at 0-4 came again or out of order"),
+        (stream_in_another_order, "the fact at 0-3 came again or out of order"),
         (stream_wrong_counts, "successful_uploads 2 for 1"),
-        (stream_a_wrong_snapshot, "the snapshot at 2 says total_uploads 3 for 0"),
-        (stream_an_ignored_fact, "the fact at 8 was told, and is no effective fact of this batch"),
+        (stream_a_wrong_snapshot, "the snapshot at 0-2 says total_uploads 3 for 0"),
+        (stream_an_ignored_fact, "the fact at 0-8 was told, and is no effective fact of what it follows"),
         (stream_another_fact, "was told, the log has"),
-        (stream_no_end, "it ended at 15, and the batch's last fact stands at 16"),
-        (resume_before, "it was resumed at 2, the client was at 5"),
+        (stream_no_end, "it ended at 0-15, and facts stand at 0-16"),
+        (resume_before, "it was resumed at 0-2, the client was at 0-5"),
         (get_another_state, "(GET gives)"),
         (get_nothing, "GET gives the contrary"),
         (miscount, "says 2 completed, its uploads are 1 completed, 1 failed"),
@@ -364,6 +372,209 @@ def test_a_spoilt_history_is_caught(spoil: Callable[[Evidence], None], said: str
     spoil(history)
 
     assert any(said in sentence for sentence in violations(history)), violations(history)
+
+
+OTHER, THIRD, FOREIGN = an_id("other", partition=1), an_id("third"), an_id("foreign", partition=1)
+
+
+def a_history_of_two_lanes() -> Evidence:
+    """A user with two batches in one lane and one in another, where somebody else has one too; all of the user's are
+    followed, over server-sent events."""
+    lanes = [
+        records_of(
+            *OPENING,
+            a_batch_created(),  # 0-2
+            an_upload_queued(),
+            a_batch_created(THIRD),  # 0-4
+            a_batch_cancelled(),
+            a_batch_deleted(THIRD),  # 0-6
+        ),
+        records_of(
+            *OPENING,
+            a_batch_created(FOREIGN, user_id=OTHER_USER),  # 1-2
+            a_batch_created(OTHER),
+            a_batch_sealed(OTHER),  # 1-4
+            a_batch_cancelled(FOREIGN, user_id=OTHER_USER),
+            a_batch_completed(OTHER, total_uploads=0, successful_uploads=0),  # 1-6
+            partition=1,
+        ),
+    ]
+    history = a_history()
+    history.records = [*lanes[0], *lanes[1]]
+    folded = fold_again(history.records)
+    history.rows.lanes, history.rows.batches = folded.state.lanes, folded.state.batches
+    history.rows.uploads = folded.state.uploads
+    history.rows.verdicts = {
+        place: reason for place, reason in folded.reasons.items() if folded.facts[place].batch_id is not None
+    }
+    history.operations.clear()
+    history.positions.clear()
+    history.streams = [a_stream_of_all(folded)]
+    last = vector(6, 6)
+    history.answers = [Answer(batch_id, last, folded.counts_at(batch_id, 6)) for batch_id in (BATCH, OTHER, THIRD)]
+    return history
+
+
+def a_stream_of_all(folded: FoldedLog) -> Stream:
+    """A snapshot while the user had two batches, a fact of each lane in turn, and a cut in the middle."""
+    (_, queued, cancelled), (created, deleted) = folded.told[BATCH], folded.told[THIRD]
+    _, sealed, completed = folded.told[OTHER]
+    shown = [folded.counts_at(BATCH, 2), folded.counts_at(OTHER, 3)]
+    return Stream(
+        None,
+        [
+            {**SUBSCRIBED, "position": vector(2, 3), "recovered": False, "batches": shown, "truncated": False},
+            an_event(BATCH, queued, vector(3, 3)),
+            an_event(OTHER, sealed, vector(3, 4)),
+            {"type": "cut", "reason": "1012"},
+            {**SUBSCRIBED, "position": vector(3, 4), "recovered": True},
+            an_event(THIRD, created, vector(4, 4)),
+            an_event(BATCH, cancelled, vector(5, 4)),
+            an_event(OTHER, completed, vector(5, 6)),
+            an_event(THIRD, deleted, vector(6, 6)),
+        ],
+        user_id=USER,
+        by="SSE",
+    )
+
+
+SUBSCRIBED = {"type": "subscribed", "user": True}
+
+
+def vector(first: int, second: int) -> str:
+    return str(Position.of(LOG_ID, {0: first, 1: second}))
+
+
+def test_a_good_history_of_all_batches_of_a_user_passes() -> None:
+    assert violations(a_history_of_two_lanes()) == []
+
+
+def tell_another_lane_late(history: Evidence) -> None:
+    """The position says that the other lane's fact was told."""
+    messages = history.streams[0].messages
+    messages[1]["position"], messages[2]["position"] = vector(3, 4), vector(3, 4)
+
+
+def tell_one_lane_only(history: Evidence) -> None:
+    messages = history.streams[0].messages
+    history.streams[0].messages = [each for each in messages if "event" not in each or partition(each) == 0]
+
+
+def partition(message: dict[str, Any]) -> int:
+    return partition_of(message["event"]["data"]["batch_id"])
+
+
+def tell_again_after_the_cut(history: Evidence) -> None:
+    messages = history.streams[0].messages
+    messages.insert(5, copy.deepcopy(messages[2]))
+
+
+def lose_one_at_the_cut(history: Evidence) -> None:
+    del history.streams[0].messages[5]
+
+
+def go_back_in_the_other_lane(history: Evidence) -> None:
+    history.streams[0].messages[6]["position"] = vector(5, 3)
+
+
+def tell_of_somebody_else(history: Evidence) -> None:
+    fact = fold_again(history.records).told[FOREIGN][1]
+    history.streams[0].messages.insert(7, an_event(FOREIGN, fact, vector(5, 5)))
+
+
+def leave_out_a_batch(history: Evidence) -> None:
+    del history.streams[0].messages[0]["batches"][1]
+
+
+def leave_out_one_in_work(history: Evidence) -> None:
+    leave_out_a_batch(history)
+    history.streams[0].messages[0]["truncated"] = True
+
+
+def show_a_foreign_batch(history: Evidence) -> None:
+    history.streams[0].messages[0]["batches"].append(fold_again(history.records).counts_at(FOREIGN, 3))
+
+
+def resume_too_early(history: Evidence) -> None:
+    history.streams[0].messages[4]["position"] = vector(3, 3)
+
+
+def begin_anew_too_early(history: Evidence) -> None:
+    messages = history.streams[0].messages
+    messages[4] = {**messages[0], "position": vector(3, 3)}
+
+
+def miscount_at_the_end(history: Evidence) -> None:
+    answer = history.answers[1]
+    history.answers[1] = Answer(OTHER, answer.position, {**(answer.batch or {}), "status": "failed"})
+
+
+def get_what_was_deleted(history: Evidence) -> None:
+    history.answers[2] = Answer(THIRD, history.answers[2].position, history.answers[0].batch)
+
+
+def hear_nothing(history: Evidence) -> None:
+    refused = {"type": "error", "code": "database_unavailable"}
+    history.streams[0].messages = [refused, refused, {"type": "cut", "reason": "it was paused"}]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (tell_another_lane_late, "between 0-2.1-3 and 0-3.1-4 the facts at 1-4 were not told"),
+        (tell_another_lane_late, "the fact at 1-4 came again or out of order, the client was at 0-3.1-4"),
+        (tell_one_lane_only, "between 0-5.1-4 and 0-6.1-6 the facts at 1-6 were not told"),
+        (tell_again_after_the_cut, "the fact at 1-4 came again or out of order, the client was at 0-3.1-4"),
+        (lose_one_at_the_cut, "between 0-3.1-4 and 0-5.1-4 the facts at 0-4 were not told"),
+        (go_back_in_the_other_lane, "the fact at 0-5 came again or out of order, the client was at 0-4.1-4"),
+        (tell_of_somebody_else, "the fact at 1-5 was told, and is no effective fact of what it follows"),
+        (leave_out_a_batch, f"the snapshot at 0-2.1-3 leaves out batch {OTHER}"),
+        (leave_out_one_in_work, f"the snapshot at 0-2.1-3 leaves out batch {OTHER}"),
+        (show_a_foreign_batch, f"shows batch {FOREIGN}, which is none of those it follows"),
+        (resume_too_early, "it was resumed at 0-3.1-3, the client was at 0-3.1-4"),
+        (begin_anew_too_early, "the snapshot at 0-3.1-3 goes back, the client was at 0-3.1-4"),
+        (miscount_at_the_end, f"of batch {OTHER} says status completed for failed (GET gives)"),
+        (get_what_was_deleted, f"of batch {THIRD} says a deleted batch, GET gives the contrary"),
+        (hear_nothing, "nothing was ever told (refused 2 times, last ['database_unavailable']; cut 1 times"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_a_spoilt_history_of_all_batches_of_a_user_is_caught(spoil: Callable[[Evidence], None], said: str) -> None:
+    history = a_history_of_two_lanes()
+
+    spoil(history)
+
+    whose = f"stream 0 of all batches of {USER} over SSE: "
+    assert any(sentence.startswith(whose) and said in sentence for sentence in violations(history)), violations(history)
+
+
+def test_a_long_list_may_leave_out_what_ended() -> None:
+    history = a_history_of_two_lanes()
+    folded = fold_again(history.records)
+    snapshot = {**SUBSCRIBED, "position": vector(6, 6), "recovered": False, "batches": [], "truncated": True}
+    history.streams[0].messages.append(snapshot)
+
+    assert violations(history) == []
+
+    snapshot["batches"] = [{**(folded.counts_at(OTHER, 6) or {}), "progress": 0.5}]
+
+    assert violations(history) == [
+        f"stream 0 of all batches of {USER} over SSE: {where} says progress 0.5 for 1.0 ({other})"
+        for where, other in [
+            ("the snapshot at 0-6.1-6", "the fold has"),
+            (f"the end at {vector(6, 6)} of batch {OTHER}", "GET gives"),
+        ]
+    ]
+
+
+def test_what_a_client_was_told_before_it_was_resumed_is_held_against_get() -> None:
+    history = a_history()
+    end = history.streams[0].messages[-1]["position"]
+    later = at(int(end.rpartition("-")[2]) + 1)
+    history.streams[0].messages.append({"type": "subscribed", "position": later, "recovered": True})
+    history.answers = [Answer(BATCH, later, {**(rows_answer(history.records) or {}), "failed_uploads": 0})]
+
+    assert any("failed_uploads 1 for 0 (GET gives)" in sentence for sentence in violations(history))
 
 
 def test_an_unknown_upload_counts_at_most_once() -> None:

@@ -11,7 +11,7 @@ from services.lifecycle import cancelled
 from services.processor.health import Health
 from services.processor.storage import GIVEN_BACK_MAX, PART, REMEMBERED_MAX, REMOVED_AT_ONCE, Patience, Storage
 
-WAIT_S = 5
+WAIT_S = 30
 LAST = "the last"
 
 

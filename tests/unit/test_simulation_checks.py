@@ -191,7 +191,7 @@ async def test_a_second_outcome_is_named() -> None:
 
 async def test_epochs_that_go_back_are_named() -> None:
     folding = fold(records_of(*FINISHED))
-    folding.epochs.append(0)
+    folding.epochs[0].append(0)
 
     assert any("do not increase" in violation for violation in check_log(await evidence_of(*FINISHED), folding))
 
@@ -232,6 +232,24 @@ async def test_a_position_that_lags_at_the_end_is_named() -> None:
     behind = await tables_of(evidence.records[:-1])
 
     assert any("the log ends at" in violation for violation in violations(replace(evidence, tables=behind)))
+
+
+async def test_a_partition_that_lags_is_named_though_another_one_does_not() -> None:
+    evidence = await evidence_of(*FINISHED)
+    another = [replace(record, partition=1) for record in records_of(*OPENING)]
+
+    found = violations(replace(evidence, records=[*evidence.records, *another]))
+
+    assert [f"the positions are {{0: {len(FINISHED)}, 1: 0}}, the log ends at {{0: {len(FINISHED)}, 1: 2}}"] == found
+
+
+async def test_a_partition_that_begins_with_something_else_is_named() -> None:
+    evidence = await evidence_of(*FINISHED)
+    another = [replace(record, partition=1) for record in records_of(a_lane_claimed())]
+
+    found = violations(replace(evidence, records=[*evidence.records, *another]))
+
+    assert any("partition 1 of the log begins at [], not at 0 once" in violation for violation in found)
 
 
 NAME = an_upload_queued().filename

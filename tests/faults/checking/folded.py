@@ -17,7 +17,7 @@ Place = tuple[int, int]
 
 @dataclass(slots=True)
 class Told:
-    """An effective fact as a client should hear it: `counts` after it, None for a deletion."""
+    """An effective fact as a client should hear it: `counts` of its batch after it, None for a deletion."""
 
     offset: int
     event_id: str
@@ -36,6 +36,10 @@ class FoldedLog:
 
     def effective(self) -> Iterable[Fact]:
         return (fact for place, fact in self.facts.items() if self.reasons[place] is None)
+
+    def batches_of(self, user_id: str) -> list[str]:
+        """All batches of a user, the deleted ones too."""
+        return [batch.id for batch in self.state.batches.values() if batch.user_id == user_id]
 
     def counts_at(self, batch_id: str, offset: int) -> dict[str, Any] | None:
         """The batch's counts when everything up to `offset` was folded; None before it was made or once deleted."""

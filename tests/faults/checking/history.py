@@ -34,12 +34,15 @@ class Operation:
 
 @dataclass(slots=True)
 class Stream:
-    """All that one client heard of one batch, message by message; `{"type": "cut"}` stands where it was cut off.
-    `to_the_end`: it listened until nothing more could come."""
+    """All that one client heard of one batch, or of all batches of a user (the other id is None), message by message;
+    `{"type": "cut"}` stands where it was cut off, `{"type": "error"}` where it was refused. `to_the_end`: it listened
+    until nothing more could come; `by`: over which protocol."""
 
-    batch_id: str
+    batch_id: str | None
     messages: list[dict[str, Any]] = field(default_factory=list)
     to_the_end: bool = True
+    user_id: str | None = None
+    by: str = "WebSocket"
 
 
 @dataclass(frozen=True, slots=True)

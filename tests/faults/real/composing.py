@@ -1,7 +1,7 @@
 """Faults composed at random: an act is a scene in which whatever can break does, several times, while clients work.
 
-Two of each service that may be doubled; Postgres is reached through a proxy. Some acts leave the processes alive, so
-that it can be seen whether they grow.
+One lane or several, each with its processor; of api and of the first lane's processor there are two. Postgres is
+reached through a proxy. Some acts leave the processes alive, so that it can be seen whether they grow.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from urllib.parse import urlsplit
 import asyncpg
 
 from services.faults import POINTS
+from tests.faults.real.clocks import Clocks
 from tests.faults.real.poisons import poisons
 from tests.faults.real.proxy import Proxy
 from tests.faults.real.scene import Places, Scene, a_scene
 from tests.faults.real.servers import Breakable
 
 NAMES = ("api-1", "api-2", "notifier-1", "processor-1", "processor-2")
+OF_OTHER_LANES = ("processor-lane1", "processor-lane2")
+PARTITIONS = (1, 2, 3)
 STRIKE_TIMEOUT_S = 12.0
 Say = Callable[[str], None]
 Fault = Callable[[], Awaitable[None]]
@@ -48,6 +51,8 @@ async def act(stage: Stage, *, seed: int, lasts_s: float) -> tuple[list[str], Pa
     folder = stage.folder / name
     folder.mkdir()
     deadly = chance.random() < 0.7
+    partitions = chance.choice(PARTITIONS)
+    names = (*NAMES, *OF_OTHER_LANES[: partitions - 1])
     async with contextlib.AsyncExitStack() as stack:
         where = urlsplit(await _new_database(stage.postgres.server.url, name))
         proxy = await stack.enter_async_context(Proxy(target_port=stage.postgres.server.port).carrying())
@@ -57,17 +62,20 @@ async def act(stage: Stage, *, seed: int, lasts_s: float) -> tuple[list[str], Pa
             database_url=where.geturl(),
             folder=folder,
             unique=name,
+            partitions=partitions,
             services_database_url=through,
+            clocks=stack.enter_context(Clocks.kept_in(folder)),
         )
         scene = await stack.enter_async_context(a_scene(places, seed=seed, pause_s=chance.uniform(1, 7)))
         for server in (stage.kafka, stage.postgres):
             server.on_strike = scene.strike
             server.away.clear()
         proxy.on_cut = scene.strike
-        await scene.start(*NAMES)
+        await scene.start(*names)
         await scene.join()
-        stage.say(f"act {seed}: {'anything may die' if deadly else 'the processes live'}")
-        company = _Company(scene, stage, proxy, chance, deadly=deadly)
+        lanes = f"{partitions} lane{'s' if partitions > 1 else ''}"
+        stage.say(f"act {seed}: {lanes}, {'anything may die' if deadly else 'the processes live'}")
+        company = _Company(scene, stage, proxy, chance, names=names, deadly=deadly)
         async with scene.looking():
             await company.play(until_s=time.monotonic() + lasts_s)
             await scene.settle()
@@ -83,6 +91,7 @@ class _Company:
     stage: Stage
     proxy: Proxy
     chance: random.Random
+    names: Sequence[str]
     deadly: bool
 
     async def play(self, *, until_s: float) -> None:
@@ -106,12 +115,14 @@ class _Company:
             self._cut_at_commits,
             self._poison,
         ]
+        if self.scene.places.clocks is not None:
+            sparing.append(self._set_a_clock)
         deadly: list[Fault] = [self._strike_at_a_point] * 6 + [self._signal_somebody] * 2 + [self._break_a_server]
         return [*sparing, *(deadly if self.deadly else [])]
 
     async def _strike_at_a_point(self) -> None:
         """A service is begun anew with a fault armed; where its point is not reached in time, nothing happened."""
-        name = self.chance.choice(NAMES)
+        name = self.chance.choice(self.names)
         service = self.scene.services[name]
         point = self.chance.choice([each for each in POINTS if each.startswith(f"{service.kind}.")])
         action = self.chance.choice(("kill", "kill", "stop", "term", "error"))
@@ -122,14 +133,14 @@ class _Company:
             await asyncio.wait_for(service.until_struck(struck + 1), STRIKE_TIMEOUT_S)
 
     async def _signal_somebody(self) -> None:
-        name = self.chance.choice(NAMES)
+        name = self.chance.choice(self.names)
         number = self.chance.choice((signal.SIGKILL, signal.SIGTERM))
         service = self.scene.services[name]
         service.send(number)
         self.scene.strike(f"{service.kind}: {number.name} at any instruction")
 
     async def _stop_somebody(self) -> None:
-        service = self.scene.services[self.chance.choice(NAMES)]
+        service = self.scene.services[self.chance.choice(self.names)]
         await service.pause(self.chance.uniform(0.5, 8))
         self.scene.strike(f"{service.kind}: SIGSTOP at any instruction")
 
@@ -144,6 +155,9 @@ class _Company:
     def _server(self) -> Breakable:
         return self.chance.choice((self.stage.kafka, self.stage.postgres))
 
+    async def _set_a_clock(self) -> None:
+        self.scene.set_clock(self.chance.choice(self.names), hours_ahead=self.chance.choice((-1, 0, 1)))
+
     async def _cut(self) -> None:
         self.proxy.cut_all()
         self.scene.strike("postgres: all connections cut")
@@ -156,7 +170,7 @@ class _Company:
         what, record = self.chance.choice(list(poisons().items()))
         writer = self.scene.log.writer()
         try:
-            await writer.append(0, [record], timeout_s=20)
+            await writer.append(self.chance.randrange(self.scene.places.partitions), [record], timeout_s=20)
         finally:
             await writer.close()
         self.scene.strike(f"log: {what}")

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
 from urllib.parse import urlsplit
 
 import asyncpg
@@ -31,13 +32,17 @@ from tests.faults.checking import Rows
 READ_TIMEOUT_S = 30.0
 
 
-async def records_of(log: EventLog, *, partition: int = 0) -> list[StoredRecord]:
-    """Every record of a partition as it lies in Kafka."""
+async def records_of(log: EventLog, partitions: Sequence[int] = (0,)) -> list[StoredRecord]:
+    """Every record of these partitions as it lies in Kafka, one partition after the other."""
+    ends = await ends_of(log, partitions)
+    return [record for partition in partitions for record in await _records_to(log, partition, ends[partition])]
+
+
+async def _records_to(log: EventLog, partition: int, end: int) -> list[StoredRecord]:
     reader = log.reader([partition])
     records: list[StoredRecord] = []
     try:
         async with asyncio.timeout(READ_TIMEOUT_S):
-            end = await end_of(log, partition=partition)
             await reader.seek(partition, 0)
             while len(records) < end:
                 records += await reader.read(records_max=5_000, timeout_ms=500)
@@ -46,14 +51,14 @@ async def records_of(log: EventLog, *, partition: int = 0) -> list[StoredRecord]
     return records
 
 
-async def end_of(log: EventLog, *, partition: int = 0) -> int:
+async def ends_of(log: EventLog, partitions: Sequence[int]) -> dict[int, int]:
     """Where the log ends; Kafka is given time to come back."""
-    reader = log.reader([partition])
+    reader = log.reader(partitions)
     try:
         async with asyncio.timeout(READ_TIMEOUT_S):
             while True:
                 with contextlib.suppress(LogUnavailable):
-                    return (await reader.ends())[partition]
+                    return await reader.ends()
                 await asyncio.sleep(0.2)
     finally:
         await reader.close()
@@ -132,19 +137,29 @@ async def replayed(
 
 
 async def _replay(url: str, records: Sequence[StoredRecord], *, log_id: str, chance: random.Random) -> None:
+    """The lanes take turns as it comes."""
+    left: dict[int, list[StoredRecord]] = defaultdict(list)
+    for record in records:
+        left[record.partition].append(record)
     database = await Database.open(url)
     try:
         await database.migrate()
-        projection = await Projection.open(await LiveRows.live(database), partition=0, log_id=log_id)
-        at = 0
-        while at < len(records):
+        projections = {
+            partition: await Projection.open(await LiveRows.live(database), partition=partition, log_id=log_id)
+            for partition in left
+        }
+        while left:
+            partition = chance.choice(list(left))
             size = chance.choice((1, 1, 2, 10, 300))
-            await projection.fold(records[at : at + size])
-            at += size
+            await projections[partition].fold(left[partition][:size])
+            left[partition] = left[partition][size:]
+            if not left[partition]:
+                del left[partition]
             if chance.random() < 0.5:
+                await projections[partition].flush()
+        for projection in projections.values():
+            while projection.dirty:
                 await projection.flush()
-        while projection.dirty:
-            await projection.flush()
     finally:
         await database.close()
 
@@ -163,16 +178,22 @@ async def _database_beside(database_url: str, name: str) -> AsyncIterator[str]:
         await connection.close()
 
 
-async def unworked(connection: asyncpg.Connection, log: EventLog, *, partition: int = 0) -> bool:
+async def unworked(connection: asyncpg.Connection, log: EventLog, partitions: Sequence[int]) -> bool:
     """Whether anything waits, is due, or is not in the read models yet."""
     left = await connection.fetchval(
         "SELECT count(*) FROM public.upload_batches WHERE status IN ('pending', 'processing') AND "
         "(sealed OR id IN (SELECT batch_id FROM public.uploads WHERE status IN ('queued', 'processing')))"
     )
-    return bool(left) or await next_offset_of(connection, partition=partition) < await end_of(log, partition=partition)
+    return bool(left) or not await includes(connection, await ends_of(log, partitions))
 
 
-async def next_offset_of(connection: asyncpg.Connection, *, partition: int = 0) -> int:
+async def includes(connection: asyncpg.Connection, ends: Mapping[int, int]) -> bool:
+    """Whether the read models include the log up to here, of every partition."""
+    found = await next_offsets_of(connection)
+    return all(found.get(partition, 0) >= end for partition, end in ends.items())
+
+
+async def next_offsets_of(connection: asyncpg.Connection) -> dict[int, int]:
     """Where the read models stand."""
-    found = await connection.fetchval("SELECT next_offset FROM public.positions WHERE partition = $1", partition)
-    return int(found or 0)
+    rows = await connection.fetch("SELECT partition, next_offset FROM public.positions")
+    return {row["partition"]: row["next_offset"] for row in rows}

@@ -1,7 +1,8 @@
 """A scene: the services as processes, clients and watchers at them, faults among them, and the reckoning.
 
-Each scene has its own topic, database and blob folder on servers that may be the session's. `settle` waits until all
-that was accepted has been worked; `reckoning` gathers the evidence and hands it to the checker.
+Each scene has its own topic, database and blob folder on servers that may be the session's, and a processor for each
+partition, as `sluice up` starts them. `settle` waits until all that was accepted has been worked; `reckoning` gathers
+the evidence and hands it to the checker.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ from typing import Any
 
 import asyncpg
 import httpx
+import jwt
 
 from schemas.events import Fact, LaneClaimed
 from schemas.records import StoredRecord
-from services.auth import make_token
 from services.embedded.folders import free_ports
 from services.eventlog import EventLog, LogSettings
 from services.lifecycle import cancelled
 from tests.faults.checking import Answer, Evidence, Looked, Settled, Usage, violations
 from tests.faults.checking.folded import FoldedLog, fold_again
 from tests.faults.checking.history import save
+from tests.faults.checking.streams import at_the_end
 from tests.faults.real import gathering, table
 from tests.faults.real.clients import Client, Journal
+from tests.faults.real.clocks import Clocks
+from tests.faults.real.listeners import Listener
 from tests.faults.real.services import Service
-from tests.faults.real.watchers import Watcher, last_position
+from tests.faults.real.watchers import Follower, Watcher
 
 SECRET = "a secret for scenes of faults that is long enough"
 ALL = ("api", "notifier", "processor")
@@ -39,6 +43,7 @@ READY_TIMEOUT_S = 60.0
 WORKED_TIMEOUT_S = 90.0
 EVEN_TIMEOUT_S = 40.0
 SAMPLE_PAUSE_S = 0.25
+ANSWERS_MAX = 100
 AWAY = (
     OSError,
     TimeoutError,
@@ -50,15 +55,19 @@ AWAY = (
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where a scene takes place. `services_database_url`: the same database as its services reach it, perhaps by way
-    of a proxy."""
+    """Where a scene takes place. `partitions`: how many lanes there are; `services_database_url`: the same database as
+    its services reach it, perhaps by way of a proxy; `clocks`: those they go by; `settings`: what is set for them
+    besides."""
 
     kafka: str
     database_url: str
     folder: Path
     unique: str
+    partitions: int = 1
     services_database_url: str | None = None
     blobs: Path | None = None
+    clocks: Clocks | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,7 +81,7 @@ class Scene:
     log: EventLog
     services: dict[str, Service] = field(default_factory=dict)
     journal: Journal = field(default_factory=Journal)
-    watchers: dict[str, list[Watcher]] = field(default_factory=dict)
+    followers: dict[str, list[Follower]] = field(default_factory=dict)
     clients: list[Client] = field(default_factory=list)
     evidence: Evidence = field(default_factory=Evidence)
     struck: list[str] = field(default_factory=list)
@@ -80,7 +89,10 @@ class Scene:
     # Who takes part
 
     async def start(self, *names: str, faults: Mapping[str, Sequence[str]] | None = None) -> None:
-        """Start these services, each with the faults of its first starts, and wait until all are ready."""
+        """Start these services, each with the faults of its first starts, and wait until all are ready.
+
+        A name begins with the kind of service; a processor's ends with `-lane` and its partition, if that is not 0.
+        """
         for name in names:
             service = self._service(name)
             service.arm((faults or {}).get(name, ()))
@@ -102,7 +114,11 @@ class Scene:
             "SLUICE_JWT_SECRET": SECRET,
             "SLUICE_STOP_TIMEOUT_S": "5",
             "SLUICE_READ_BACK_TIMEOUT_S": "4",
+            "SLUICE_PARTITIONS": str(places.partitions),
+            "SLUICE_PARTITION": str(_lane_of(name)),
             f"SLUICE_{kind.upper()}_PORT": str(port),
+            **places.settings,
+            **(places.clocks.environment(name) if places.clocks else {}),
         }
         return Service(
             name,
@@ -117,6 +133,13 @@ class Scene:
         """A fault struck: for the table."""
         self.struck.append(fault)
         table.injected(fault)
+
+    def set_clock(self, name: str, *, hours_ahead: int) -> None:
+        """This service's clock jumps."""
+        assert self.places.clocks is not None, "the places of this scene have no clocks"
+        self.places.clocks.set(name, ahead_s=hours_ahead * 3600)
+        now = {-1: "1 h behind", 0: "right again", 1: "1 h ahead"}[hours_ahead]
+        self.strike(f"{self.services[name].kind}: clock {now}")
 
     async def ready(self, *names: str) -> None:
         """Wait until these services (all, where none is named) say that they are ready."""
@@ -137,19 +160,23 @@ class Scene:
         return [service.url for service in self.services.values() if service.kind == kind]
 
     async def join(self, *, users: Sequence[str] = USERS, watched: bool = True) -> list[Client]:
-        """Clients, and a watcher beside each that follows all of its user's batches."""
+        """Clients, and followers beside each, who hear of all that its user's batches come to."""
         joined = [await self._join(user) for user in users]
         if watched:
             for user in users:
-                watcher = Watcher(
-                    urls=self.urls("notifier"),
-                    token=token_of(user),
-                    deleted=self.journal.deleted,
-                    chance=self._own_chance(),
-                )
-                self.watchers.setdefault(user, []).append(await self.stack.enter_async_context(watcher.watching()))
+                await self._follow(user)
         self.journal.on_batch = self._on_batch
         return joined
+
+    async def _follow(self, user: str) -> None:
+        """Over WebSocket, batch by batch and all at once, and over server-sent events."""
+        urls, token, deleted = self.urls("notifier"), token_of(user), self.journal.deleted
+        followers: list[Follower] = [
+            Watcher(urls=urls, token=token, deleted=deleted, chance=self._own_chance()),
+            Watcher(urls=urls, token=token, deleted=deleted, chance=self._own_chance(), all_of=user),
+            Listener(urls=urls, token=token, deleted=deleted, chance=self._own_chance(), user=user),
+        ]
+        self.followers[user] = [await self.stack.enter_async_context(each.watching()) for each in followers]
 
     async def _join(self, user: str) -> Client:
         client = Client(
@@ -167,9 +194,8 @@ class Scene:
         return random.Random(self.chance.random())
 
     def _on_batch(self, batch_id: str, user: str) -> None:
-        for watcher in self.watchers.get(user, []):
-            if batch_id not in watcher.streams:
-                watcher.follow(batch_id)
+        for follower in self.followers.get(user, []):
+            follower.hear_of(batch_id)
 
     @contextlib.asynccontextmanager
     async def lively(self, *, pause_s: float = 0.1) -> AsyncIterator[None]:
@@ -210,18 +236,20 @@ class Scene:
             with contextlib.suppress(*AWAY):
                 async with self._asking() as connection:
                     while True:
-                        self.evidence.positions.append((0, await gathering.next_offset_of(connection)))
+                        self.evidence.positions += (await gathering.next_offsets_of(connection)).items()
                         await asyncio.sleep(SAMPLE_PAUSE_S / 5)
             await asyncio.sleep(SAMPLE_PAUSE_S)
 
     async def note_usage(self) -> None:
-        """At a quiet moment: what each process holds."""
+        """At a quiet moment: what each process holds; the notifier besides its task for each batch that is watched."""
+        watched = {batch_id for follower in self._all_followers() for batch_id in follower.streams}
         async with httpx.AsyncClient(trust_env=False, timeout=2) as http:
             for service in self.services.values():
                 held = service.usage()
                 with contextlib.suppress(httpx.TransportError):
                     tasks = _tasks((await http.get(f"{service.url}/metrics")).text)
                     if held is not None:
+                        tasks -= len(watched) if service.kind == "notifier" else 0
                         self.evidence.usage.append(Usage(service.name, service.pid, *held, tasks))
 
     # The end
@@ -233,8 +261,8 @@ class Scene:
         seconds: float | None = None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(EVEN_TIMEOUT_S), self._asking() as connection:
-                end = await gathering.end_of(self.log)
-                while await gathering.next_offset_of(connection) < end:  # noqa: ASYNC110  # asked from outside
+                ends = await gathering.ends_of(self.log, self._partitions)
+                while not await gathering.includes(connection, ends):  # noqa: ASYNC110  # asked from outside
                     await asyncio.sleep(SAMPLE_PAUSE_S / 5)
                 seconds = time.monotonic() - healed_s
         self.evidence.settled.append(Settled(after, seconds))
@@ -244,7 +272,7 @@ class Scene:
         await self.even()
         with contextlib.suppress(TimeoutError):  # the checker says what is missing
             async with asyncio.timeout(WORKED_TIMEOUT_S), self._asking() as connection:
-                while await gathering.unworked(connection, self.log):  # noqa: ASYNC110  # as above
+                while await gathering.unworked(connection, self.log, self._partitions):  # noqa: ASYNC110  # as above
                     await asyncio.sleep(SAMPLE_PAUSE_S / 2)
         await self.ready()
 
@@ -258,15 +286,19 @@ class Scene:
 
     async def records(self) -> list[StoredRecord]:
         """The log as it is now."""
-        return await gathering.records_of(self.log)
+        return await gathering.records_of(self.log, self._partitions)
+
+    @property
+    def _partitions(self) -> range:
+        return range(self.places.partitions)
 
     def holder_of(self, folded: FoldedLog) -> str:
-        """Which processor claimed the lane last."""
+        """Which processor claimed lane 0 last."""
         claim = _claims(folded)[-1]
         return next(name for name, service in self.services.items() if claims_of(service, claim))
 
     async def until_claimed(self, *, since: int) -> list[Fact]:
-        """Wait for an effective claim at or after this offset; all claims then."""
+        """Wait for an effective claim of lane 0 at or after this offset; all claims then."""
         return await self._until_claims(lambda claims: claims[-1].offset >= since)
 
     async def until_claimed_by(self, name: str) -> list[Fact]:
@@ -288,20 +320,18 @@ class Scene:
         evidence.operations = self.journal.operations
         evidence.records = await self.records()
         folded = fold_again(evidence.records)
-        ends = {batch_id: told[-1].offset for batch_id, told in folded.told.items() if told}
-        for watcher in self._all_watchers():
-            await watcher.caught_up(ends)
-        evidence.streams = [stream for watcher in self._all_watchers() for stream in watcher.streams.values()]
+        await asyncio.gather(*(follower.caught_up(folded) for follower in self._all_followers()))
+        evidence.streams = [stream for follower in self._all_followers() for stream in follower.streams.values()]
         evidence.answers = [answer async for answer in self._answers()]
         evidence.rows = await gathering.rows_of(self.places.database_url)
         evidence.replayed = await gathering.replayed(
             self.places.database_url,
             evidence.records,
-            log_id=folded.state.lane.log_id,
+            log_id=folded.state.lanes[0].log_id,
             chance=self._own_chance(),
         )
         evidence.verified = await gathering.verified(
-            self.log, self.places.database_url, log_id=folded.state.lane.log_id, chance=self._own_chance()
+            self.log, self.places.database_url, log_id=folded.state.lanes[0].log_id, chance=self._own_chance()
         )
         found = violations(evidence)
         table.violated(set(self.struck), len(found))
@@ -309,16 +339,23 @@ class Scene:
             save(evidence, self.places.folder / "history", found=found)
         return found
 
-    def _all_watchers(self) -> list[Watcher]:
-        return [watcher for watchers in self.watchers.values() for watcher in watchers]
+    def _all_followers(self) -> list[Follower]:
+        return [follower for followers in self.followers.values() for follower in followers]
 
     async def _answers(self) -> AsyncIterator[Answer]:
+        """Each batch, of very many some, as it was where a client was told to be at last."""
         by_user = {client.user: client for client in self.clients}
-        for user, watchers in self.watchers.items():
-            for watcher in watchers:
-                for batch_id, stream in watcher.streams.items():
-                    if (position := last_position(stream)) is not None and batch_id not in self.journal.deleted:
-                        yield Answer(batch_id, position, await by_user[user].batch(batch_id, at=position))
+        places = {
+            (user, batch_id, position)
+            for user, followers in self.followers.items()
+            for follower in followers
+            for stream in follower.streams.values()
+            for position, known in [at_the_end(stream)]
+            for batch_id in known
+            if position is not None and batch_id not in self.journal.deleted
+        }
+        for user, batch_id, position in self.chance.sample(sorted(places), min(ANSWERS_MAX, len(places))):
+            yield Answer(batch_id, position, await by_user[user].batch(batch_id, at=position))
 
 
 @contextlib.asynccontextmanager
@@ -341,11 +378,23 @@ def claims_of(service: Service, claim: Fact) -> bool:
 
 
 def _claims(folded: FoldedLog) -> list[Fact]:
-    return [fact for fact in folded.effective() if isinstance(fact.event, LaneClaimed)]
+    return [fact for fact in folded.effective() if isinstance(fact.event, LaneClaimed) and fact.partition == 0]
+
+
+def _lane_of(name: str) -> int:
+    """The partition of a processor with this name."""
+    _, is_named, lane = name.partition("-lane")
+    return int(lane) if is_named else 0
+
+
+def everybody(partitions: int) -> list[str]:
+    """One of each service, and a processor for each lane."""
+    return [*ALL, *(f"processor-lane{lane}" for lane in range(1, partitions))]
 
 
 def token_of(user: str) -> str:
-    return make_token(user, SECRET, ttl_s=24 * 3600)
+    """Good for ever, and whatever the clock says of whoever checks it."""
+    return jwt.encode({"sub": user}, SECRET, algorithm="HS256")
 
 
 async def _look(http: httpx.AsyncClient, service: Service) -> bool | None:
@@ -361,9 +410,9 @@ def _tasks(metrics: str) -> int:
     return int(float(values[0])) if values else 0
 
 
-async def play(scene: Scene, faults: Mapping[str, Sequence[str]], *, names: Sequence[str] = ALL) -> list[str]:
+async def play(scene: Scene, faults: Mapping[str, Sequence[str]]) -> list[str]:
     """Clients at work while each service meets its faults, one start after the other; what does not hold then."""
-    await scene.start(*names, faults=faults)
+    await scene.start(*everybody(scene.places.partitions), faults=faults)
     await scene.join()
     async with scene.looking():
         async with scene.lively():

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 RESTART_PAUSE_S = 0.2
-STOP_TIMEOUT_S = 25.0
+STOP_TIMEOUT_S = 60.0
 WAIT_S = 150.0
 MARK = "SLUICE_FAULT: "
 
@@ -87,6 +87,8 @@ class Service:
             env={**environment, **self._environment, "SLUICE_FAULT": fault},
             stderr=asyncio.subprocess.PIPE,
         )
+        if not self._keeping:  # the end came while it was being started
+            self.send(signal.SIGTERM)
         await self._listen(self.process)
         self.exits.append(await self.process.wait())
         await self._tell()

@@ -1,50 +1,43 @@
-"""The disk of the blob store fills up: what does not fit is refused, what fits is kept, and room mends it."""
+"""Disks fill up, and are given room again: under the blob store, what does not fit is refused and what fits is kept;
+Kafka and Postgres break down, are started again as `sluice up` does it, and nothing that was accepted is lost.
+"""
 
-import asyncio
-import os
-import shutil
+import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
+import asyncpg
 import pytest
 
+from services.embedded import EmbeddedKafka, EmbeddedPostgres
 from tests.faults.real.clients import a_picture
-from tests.faults.real.scene import ALL, Places, a_scene
+from tests.faults.real.disks import SmallDisk
+from tests.faults.real.scene import ALL, USERS, Places, Scene, a_scene
+from tests.faults.real.supervised import Supervised
 
 pytestmark = pytest.mark.timeout(300)  # many processes start and die, which takes its time on a busy machine
 
-SIZE_BYTES = 160_000_000
+BLOBS_BYTES = 160_000_000
 """Services start with 100 MB of room."""
+SERVER_BYTES = 600_000_000
+"""Kafka and Postgres start with 300 MB of room."""
+NO_ROOM = "could not be started: the disk of "
 
 
-@pytest.fixture
-async def small_disk(tmp_path: Path) -> AsyncIterator[Path]:
-    """A folder on a disk of its own; skipped where we may not mount one."""
-    mount, folder = shutil.which("mount"), tmp_path / "small"
-    if mount is None or os.geteuid() != 0:
-        pytest.skip("only root can mount a small tmpfs")
-    folder.mkdir()
-    process = await asyncio.create_subprocess_exec(mount, "-t", "tmpfs", "-o", f"size={SIZE_BYTES}", "tmpfs", folder)
-    if await process.wait() != 0:
-        pytest.skip("a tmpfs may not be mounted here")
-    yield folder
-    process = await asyncio.create_subprocess_exec("umount", "--lazy", folder)
-    assert await process.wait() == 0
-
-
-async def test_a_full_disk_refuses_files_and_loses_none(places: Places, small_disk: Path) -> None:
-    async with a_scene(replace(places, blobs=small_disk), seed=4) as scene:
-        # Given a disk with little room left
+async def test_a_full_disk_refuses_files_and_loses_none(places: Places, tmp_path: Path) -> None:
+    async with (
+        SmallDisk.mounted(tmp_path / "small", size_bytes=BLOBS_BYTES) as disk,
+        a_scene(replace(places, blobs=disk.folder), seed=4) as scene,
+    ):
+        # Given a disk without any room
         await scene.start(*ALL)
         (client, *_) = await scene.join(users=["ada"])
         await client.open_batch(puts=2, posts=2)
         await scene.settle()
-        ballast = small_disk / "ballast"
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(small_disk).free - 300_000)
+        await disk.fill()
 
-        # When files come that do not fit
+        # When files come
         batch_id = await client.create()
         assert batch_id is not None
         scene.strike("blobs: disk full")
@@ -53,9 +46,87 @@ async def test_a_full_disk_refuses_files_and_loses_none(places: Places, small_di
 
         # Then they are refused, and taken when there is room
         assert {(asked.outcome, asked.code) for asked in refused} == {("fail", "storage_unavailable")}
-        ballast.unlink()
+        await disk.clear()
         taken = await client.put_once(batch_id, large)
         assert (taken.outcome, taken.code) == ("ok", None)
         await client.tell(batch_id, "seal")
         await scene.settle()
         assert await scene.reckoning() == []
+
+
+@contextlib.asynccontextmanager
+async def at_work(scene: Scene, server: Supervised) -> AsyncIterator[None]:
+    """The services and their clients while the server's disk is full, then not; all is well again at the end."""
+    await scene.start(*ALL)
+    await scene.join(users=USERS[:2])
+    async with scene.looking():
+        async with scene.lively():
+            await well(scene)
+            yield
+            await well(scene)
+        await scene.settle()
+    scene.evidence.away.extend(server.away)
+
+
+async def well(scene: Scene) -> None:
+    await scene.even()
+    await scene.ready()
+
+
+async def test_kafka_ends_on_a_full_disk_and_comes_back_with_room_on_it(
+    data_dir: Path, database_url: str, tmp_path: Path
+) -> None:
+    async with (
+        SmallDisk.mounted(data_dir / "kafka", size_bytes=SERVER_BYTES) as disk,
+        Supervised(kafka := EmbeddedKafka(data_dir=data_dir)).running() as supervised,
+        a_scene(Places(kafka.bootstrap_servers, database_url, tmp_path, "sluice"), seed=6) as scene,
+    ):
+        async with at_work(scene, supervised):
+            await disk.fill()
+            scene.strike("kafka: disk full")
+            await supervised.said(NO_ROOM)
+            await disk.clear()
+            await supervised.said("ready again ")
+
+        assert await scene.reckoning() == []
+        assert not any(service.exits for service in scene.services.values())
+
+
+async def test_postgres_refuses_on_a_full_disk_or_ends_and_comes_back_with_room_on_it(
+    data_dir: Path, kafka: str, unique: str, tmp_path: Path
+) -> None:
+    async with (
+        SmallDisk.mounted(data_dir / "postgres", size_bytes=SERVER_BYTES) as disk,
+        Supervised(postgres := EmbeddedPostgres(data_dir=data_dir)).running() as supervised,
+        a_scene(Places(kafka, postgres.url, tmp_path, unique), seed=7) as scene,
+    ):
+        async with at_work(scene, supervised):
+            # Tables cannot grow
+            await disk.fill()
+            scene.strike("postgres: disk full")
+            await scene.services["processor"].said("its disk is full")
+            await disk.clear()
+            await well(scene)
+            assert supervised.lines == []
+
+            # Not even its log can
+            await disk.fill()
+            scene.strike("postgres: disk full, and it ends")
+            await use_up_the_log(postgres.url)
+            await supervised.said(NO_ROOM)
+            await disk.clear()
+            await supervised.said("ready again ")
+
+        assert await scene.reckoning() == []
+        assert not any(service.exits for service in scene.services.values())
+        lost = [line for line in scene.services["processor"].lines if "part_lost" in line and "part=database" in line]
+        assert 1 <= len(lost) <= 3  # not at each try
+
+
+async def use_up_the_log(url: str) -> None:
+    """Go through the segments of Postgres' write-ahead log that are there, until it needs one more."""
+    connection = await asyncpg.connect(url, timeout=5, command_timeout=10)
+    with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        while True:
+            await connection.execute("SELECT pg_logical_emit_message(false, 'test', 'full'), pg_switch_wal()")
+    connection.terminate()

@@ -2,9 +2,12 @@
 doubled, and it goes on by itself. `make drill` does the same in any order, and more often.
 """
 
+from dataclasses import replace
+
 import pytest
 
-from tests.faults.real.scene import Scene, play
+from tests.faults.checking.folded import fold_again
+from tests.faults.real.scene import Places, Scene, a_scene, play
 
 pytestmark = pytest.mark.timeout(300)  # many processes start and die, which takes its time on a busy machine
 
@@ -19,9 +22,10 @@ KILLED = {
 STOPPED_AND_TERMINATED = {
     "api": ("api.before_append:stop:3", "api.after_append:stop:6", "api.after_append:term:12"),
     "processor": (
-        *("processor.in_commit:stop:5", "processor.in_work:stop:9", "processor.after_start:stop:14"),
-        "processor.in_work:term:60",
+        *("processor.in_commit:stop:5", "processor.in_work:stop:9", "processor.after_start:stop:7"),
+        "processor.in_work:term:40",
     ),
+    "processor-lane1": ("processor.in_work:stop:4", "processor.in_work:term:16"),
     "notifier": ("notifier.before_send:stop:5", "notifier.before_send:term:25"),
 }
 
@@ -32,8 +36,10 @@ async def test_each_service_is_killed_at_every_point(scene: Scene) -> None:
     assert await play(scene, faults) == []
 
 
-async def test_each_service_is_stopped_for_a_while_and_terminated(scene: Scene) -> None:
+async def test_each_service_and_each_of_two_lanes_is_stopped_for_a_while_and_terminated(places: Places) -> None:
     faults = {name: [",".join(one_after_the_other)] for name, one_after_the_other in STOPPED_AND_TERMINATED.items()}
 
-    assert await play(scene, faults) == []
-    assert all(code == 0 for service in scene.services.values() for code in service.exits)
+    async with a_scene(replace(places, partitions=2), seed=5) as scene:
+        assert await play(scene, faults) == []
+        assert all(code == 0 for service in scene.services.values() for code in service.exits)
+        assert {fact.partition for fact in fold_again(scene.evidence.records).effective() if fact.upload_id} == {0, 1}

@@ -29,6 +29,7 @@ from tests.lanes import PICTURES
 THIS = Path(__file__).parents[3]
 NAMES = ("notifier", "processor", "api")
 READY_S = 60
+pytestmark = pytest.mark.timeout(300)  # many processes start and end, which takes its time on a busy machine
 FILES = [PICTURES / name for name in ("cat.png", "coffee.webp", "broken-download.jpg")]
 
 

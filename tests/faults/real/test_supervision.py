@@ -67,6 +67,7 @@ async def test_whatever_is_killed_comes_back_and_what_was_accepted_is_worked_onc
         assert board.done == board.counts["successful_uploads"] == FILES
         await assert_worked_once(api, batch_id, attempts_max=FILES + 1)
         for part in PARTS:
+            await until_told(up, part, "(restart 1)")  # it does its work before it is asked whether it is ready
             assert f"{part:<9} │ ended by SIGKILL, " in up.err_file.read_text()
             assert len(told(up, part, "(restart 1)")) == 1
 
@@ -90,7 +91,7 @@ async def test_whatever_is_killed_comes_back_and_what_was_accepted_is_worked_onc
         began = time.monotonic()
         ended = await up.stopped(signal.SIGINT)
     assert ended.code == 0, ended.err
-    assert time.monotonic() - began < 15
+    assert time.monotonic() - began < 30
     assert not connection.endpoints_file(sluice.data_dir).exists()
 
 

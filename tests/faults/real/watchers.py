@@ -1,22 +1,25 @@
-"""Clients that follow batches over WebSocket through every cut: what each batch's stream said, message by message.
+"""Clients that follow batches over WebSocket through every cut, one by one or all of their user's at once: what each
+stream said, message by message.
 
-Who is cut off, by a fault or by its own choice, comes back with `since` and goes on. Nothing is judged here.
+Who is cut off, by a fault or by its own choice, comes back with `since` and goes on. Nothing is judged here. The same
+over server-sent events: `listeners.py`.
 """
 
 import asyncio
 import contextlib
 import json
 import random
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Self
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, WebSocketException
 
-from schemas.ids import partition_of
-from schemas.position import Position
 from services.lifecycle import cancelled
 from tests.faults.checking import Stream
+from tests.faults.checking.folded import FoldedLog
+from tests.faults.checking.streams import at_the_end, untold
 
 PAUSE_S = 0.2
 STAYS_S = 2.5
@@ -24,27 +27,74 @@ STAYS_MAX = 6
 CAUGHT_UP_TIMEOUT_S = 30.0
 
 
-class Watcher:
-    """One user's connection; it follows whatever batches it is told of. `deleted`: those whose user asked for that."""
+class Follower(ABC):
+    """Somebody who follows batches of a user. `deleted`: those whose user asked for that."""
 
-    def __init__(self, *, urls: list[str], token: str, deleted: set[str], chance: random.Random) -> None:
-        self.streams: dict[str, Stream] = {}
-        self._urls = [f"ws{url.removeprefix('http')}/v1/ws" for url in urls]
+    def __init__(self, *, urls: Sequence[str], token: str, deleted: set[str], chance: random.Random) -> None:
+        self.streams: dict[str | None, Stream] = {}
+        """By batch; that of all batches is under None."""
+        self._urls = urls
         self._token = token
         self._deleted = deleted
         self._chance = chance
-        self._asked: set[str] = set()
-        self._subscribed: set[str] = set()
-        self._gone: set[str] = set()
-        self._new = asyncio.Event()
         self._heard = asyncio.Condition()
 
-    def follow(self, batch_id: str) -> None:
-        self.streams[batch_id] = Stream(batch_id)
-        self._new.set()
+    @abstractmethod
+    def hear_of(self, batch_id: str) -> None:
+        """Its user made this batch: follow it, perhaps."""
+
+    @abstractmethod
+    def watching(self) -> contextlib.AbstractAsyncContextManager[Self]:
+        """Follow, and come back after each cut, until the block is left."""
+
+    async def caught_up(self, folded: FoldedLog) -> None:
+        """Wait until every stream has come to the last fact of what it follows, for a bounded time."""
+
+        def behind() -> bool:
+            return any(stream.to_the_end and untold(stream, folded) for stream in self.streams.values())
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CAUGHT_UP_TIMEOUT_S), self._heard:
+                await self._heard.wait_for(lambda: not behind())
+
+    async def _tell_those_who_wait(self) -> None:
+        async with self._heard:
+            self._heard.notify_all()
+
+    def _stays_s(self) -> float:
+        """How long it listens before it looks whether it was answered, and has had enough."""
+        return self._chance.uniform(1, 2) * STAYS_S
+
+
+class Watcher(Follower):
+    """One WebSocket, for whatever batches it hears of, or for all of the user's."""
+
+    def __init__(
+        self,
+        *,
+        urls: Sequence[str],
+        token: str,
+        deleted: set[str],
+        chance: random.Random,
+        all_of: str | None = None,
+    ) -> None:
+        sockets = [f"ws{url.removeprefix('http')}/v1/ws" for url in urls]
+        super().__init__(urls=sockets, token=token, deleted=deleted, chance=chance)
+        self._follows_all = all_of is not None
+        self._asked: set[str | None] = set()
+        self._subscribed: set[str | None] = set()
+        self._gone: set[str | None] = set()
+        self._new = asyncio.Event()
+        if all_of is not None:
+            self.streams[None] = Stream(None, user_id=all_of)
+
+    def hear_of(self, batch_id: str) -> None:
+        if not self._follows_all and batch_id not in self.streams:
+            self.streams[batch_id] = Stream(batch_id)
+            self._new.set()
 
     @contextlib.asynccontextmanager
-    async def watching(self) -> AsyncIterator["Watcher"]:
+    async def watching(self) -> AsyncIterator[Self]:
         task = asyncio.create_task(self._watch(), name="watch")
         try:
             yield self
@@ -52,19 +102,6 @@ class Watcher:
             was_done = task.done()
             await cancelled(task)
             assert not was_done, f"a watcher ended: {task.exception()!r}"
-
-    async def caught_up(self, ends: Mapping[str, int]) -> None:
-        """Wait until every stream has come to the last fact of its batch, for a bounded time."""
-
-        def behind() -> bool:
-            return any(
-                stream.to_the_end and (at(stream) or 0) < ends.get(batch_id, 0)
-                for batch_id, stream in self.streams.items()
-            )
-
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CAUGHT_UP_TIMEOUT_S), self._heard:
-                await self._heard.wait_for(lambda: not behind())
 
     async def _watch(self) -> None:
         while True:
@@ -76,8 +113,8 @@ class Watcher:
                     await self._talk(socket)
             except (OSError, TimeoutError, InvalidHandshake, WebSocketException) as error:
                 reason = str(error) or type(error).__name__
-            for batch_id in self._subscribed:
-                self.streams[batch_id].messages.append({"type": "cut", "reason": reason})
+            for followed in self._subscribed:
+                self.streams[followed].messages.append({"type": "cut", "reason": reason})
             self._subscribed.clear()
             await asyncio.sleep(PAUSE_S)
 
@@ -89,7 +126,7 @@ class Watcher:
         try:
             for _ in range(STAYS_MAX):
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._chance.uniform(1, 2) * STAYS_S):
+                    async with asyncio.timeout(self._stays_s()):
                         await self._listen(socket)
                         return
                 if self.streams.keys() <= self._subscribed | self._gone:
@@ -101,18 +138,18 @@ class Watcher:
         async for frame in socket:
             for line in str(frame).split("\n"):
                 self._take(json.loads(line))
-            async with self._heard:
-                self._heard.notify_all()
+            await self._tell_those_who_wait()
 
     async def _ask(self, socket: ClientConnection) -> None:
         """Subscribe to what is new, and again to what was refused; each in its turn."""
         while True:
             self._new.clear()
-            for batch_id, stream in list(self.streams.items()):
-                if batch_id not in self._asked | self._gone:
-                    self._asked.add(batch_id)
-                    since = last_position(stream)
-                    wish = {"type": "subscribe", "batch_id": batch_id, **({"since": since} if since else {})}
+            for followed, stream in list(self.streams.items()):
+                if followed not in self._asked | self._gone:
+                    self._asked.add(followed)
+                    since, _ = at_the_end(stream)
+                    what = {"user": True} if followed is None else {"batch_id": followed}
+                    wish = {"type": "subscribe", **what, **({"since": since} if since else {})}
                     await socket.send(json.dumps(wish))
             await self._new.wait()
             await asyncio.sleep(PAUSE_S)
@@ -120,33 +157,24 @@ class Watcher:
     def _take(self, message: dict[str, Any]) -> None:
         match message["type"]:
             case "subscribed":
-                self._subscribed.add(message["batch_id"])
-                self.streams[message["batch_id"]].messages.append(message)
+                followed = message.get("batch_id")
+                self._subscribed.add(followed)
+                self.streams[followed].messages.append(message)
             case "event":
                 batch_id = message["event"]["data"]["batch_id"]
-                self.streams[batch_id].messages.append(message)
-                if message["batch"] is None:
+                self.streams[None if self._follows_all else batch_id].messages.append(message)
+                if message["batch"] is None and not self._follows_all:
                     self._gone.add(batch_id)
             case "error":
                 self._take_refusal(message)
 
     def _take_refusal(self, message: dict[str, Any]) -> None:
         """Deleted while we were away, not known to this notifier yet, or not to be looked up just now."""
-        batch_id = message["batch_id"]
-        self.streams[batch_id].messages.append(message)
-        if message["code"] == "not_found" and batch_id in self._deleted:
-            self.streams[batch_id].to_the_end = False
-            self._gone.add(batch_id)
+        followed = message.get("batch_id")
+        self.streams[followed].messages.append(message)
+        if message["code"] == "not_found" and followed in self._deleted:
+            self.streams[followed].to_the_end = False
+            self._gone.add(followed)
             return
-        self._asked.discard(batch_id)
+        self._asked.discard(followed)
         self._new.set()
-
-
-def last_position(stream: Stream) -> str | None:
-    return next((each["position"] for each in reversed(stream.messages) if "position" in each), None)
-
-
-def at(stream: Stream) -> int | None:
-    """Where the stream is in its batch's partition."""
-    position = last_position(stream)
-    return None if position is None else Position.parse(position).offset(partition_of(stream.batch_id))

@@ -2,7 +2,7 @@
 
 Time is virtual, the seed decides whose turn it is and what breaks, and a run with the same seed is the same run, so a
 failure replays. `loop` is the scheduler, `world` what processes share and where faults happen, `ports` the log, the
-tables, the blobs and the worker as a process sees them, `processes` the services on them, `clients` who asks them,
-`scenarios` the stories, `checks` what must be true afterwards, `run` one run from a seed to its violations.
-`python -m tests.faults.simulation` runs many.
+blobs and the worker as a process sees them, `generations` the tables and what rebuilds them, `processes` the services
+on these, `clients` who asks them, `scenarios` the stories, `checks` what must be true afterwards, `run` one run from a
+seed to its violations. `python -m tests.faults.simulation` runs many.
 """

@@ -24,6 +24,7 @@ from schemas.events import (
     UploadStarted,
     UploadSucceeded,
 )
+from schemas.ids import partition_of
 from schemas.position import Position
 from schemas.records import StoredRecord
 from schemas.requests import key_hash
@@ -52,6 +53,14 @@ class Evidence:
     undisturbed: bool
     heard_all: Callable[[Stream], bool] = lambda _stream: False
 
+    @property
+    def partitions(self) -> list[int]:
+        return sorted({record.partition for record in self.records})
+
+    def end(self, partition: int) -> int:
+        """Where a partition ends."""
+        return sum(record.partition == partition for record in self.records)
+
 
 def violations(evidence: Evidence) -> list[str]:
     """Everything that is wrong."""
@@ -72,18 +81,21 @@ def violations(evidence: Evidence) -> list[str]:
 
 def check_log(evidence: Evidence, folding: Folding) -> Iterator[str]:
     """One log id, no gap, every record readable, epochs that increase, each after the one it names."""
-    offsets = [record.offset for record in evidence.records]
-    if offsets != list(range(len(offsets))):
-        yield f"the log's offsets have gaps: {offsets}"
     if folding.unreadable:
         yield f"the log holds what nobody can read, at {folding.unreadable}"
-    created = [each.fact.offset for _, each in folding.of(LogCreated)]
-    if created != [0]:
-        yield f"the log begins at {created}, not at 0 once"
-    if folding.epochs != sorted(set(folding.epochs)):
-        yield f"effective epochs do not increase: {folding.epochs}"
+    for partition, epochs in folding.epochs.items():
+        if epochs != sorted(set(epochs)):
+            yield f"effective epochs of partition {partition} do not increase: {epochs}"
+    for partition in evidence.partitions:
+        offsets = [record.offset for record in evidence.records if record.partition == partition]
+        if offsets != list(range(len(offsets))):
+            yield f"the offsets of partition {partition} have gaps: {offsets}"
+        created = [each.fact.offset for _, each in folding.of(LogCreated) if each.fact.partition == partition]
+        if created != [0]:
+            yield f"partition {partition} of the log begins at {created}, not at 0 once"
     for event, each in folding.of(UploadStarted, *_ENDS):
-        newest = max((epoch for epoch in folding.epochs if epoch < each.fact.offset), default=None)
+        epochs = folding.epochs[each.fact.partition]
+        newest = max((epoch for epoch in epochs if epoch < each.fact.offset), default=None)
         if event.epoch != newest:
             yield f"{event.type} at {each.fact.offset} counts under {event.epoch}, the newest epoch was {newest}"
 
@@ -157,22 +169,23 @@ def _attempt_ended(event: Any, each: Effective, started: UploadStarted, of_queue
     crashed = event.error.code == "worker_crashed"
     if crashed == (event.epoch == started.epoch):
         yield f"{event.type} at {each.fact.offset}: {event.error.code}, of an attempt begun under {started.epoch}"
-    hopeless = each.upload is not None and each.upload.filename.startswith("broken") and not crashed
+    looked_at = event.error.code == "corrupt_media"
+    hopeless = looked_at and each.upload is not None and each.upload.filename.startswith("broken")
     if isinstance(event, UploadFailed) != (of_queueing >= ATTEMPTS_PER_QUEUEING or hopeless):
         yield f"{event.type} at {each.fact.offset} ends attempt {of_queueing} of its queueing"
 
 
 def check_rows(evidence: Evidence, folding: Folding) -> Iterator[str]:
     """The rows are the log's fold, also from zero with other polls; the position only grew, to the log's end."""
-    moves = evidence.tables.moves
-    reached = 0
-    for partition, source, target in moves:
-        if source != reached or target <= source:
-            yield f"the position of partition {partition} went from {source} to {target}, after {reached}"
-        reached = target
-    if evidence.settled and reached != len(evidence.records):
-        yield f"the position is {reached}, the log ends at {len(evidence.records)}"
-    if reached != len(evidence.records):
+    reached = dict.fromkeys(evidence.partitions, 0)
+    for partition, source, target in evidence.tables.moves:
+        if source != reached[partition] or target <= source:
+            yield f"the position of partition {partition} went from {source} to {target}, after {reached[partition]}"
+        reached[partition] = target
+    ends = {partition: evidence.end(partition) for partition in evidence.partitions}
+    if evidence.settled and reached != ends:
+        yield f"the positions are {reached}, the log ends at {ends}"
+    if reached != ends:
         return
     yield from _rows_differ(evidence.tables, folding)
     mine = evidence.tables.content()
@@ -184,13 +197,9 @@ def check_rows(evidence: Evidence, folding: Folding) -> Iterator[str]:
 
 
 def _rows_differ(tables: Tables, folding: Folding) -> Iterator[str]:
-    lane = tables.lanes[0]
-    if (lane.next_offset, lane.epoch, lane.time_ms) != (
-        folding.lane.next_offset,
-        folding.lane.epoch,
-        folding.lane.time_ms,
-    ):
-        yield f"the lane's row is {lane}, the fold gives {folding.lane}"
+    for partition, lane in folding.lanes.items():
+        if tables.lanes[partition] != lane:
+            yield f"the lane's row is {tables.lanes[partition]}, the fold gives {lane}"
     for batch, uploads in folding.batches():
         row = tables.batch(batch.id)
         if batch.deleted:
@@ -296,7 +305,8 @@ def check_reads(evidence: Evidence, folding: Folding) -> Iterator[str]:
             view = BatchView.of_log(each.batch, log_id=folding.log_id).model_dump(mode="json")
             shown[view["id"], view["position"]] = view
         if each.upload is not None and each.batch is not None:
-            seen = UploadView.of_log(each.upload, log_id=folding.log_id, partition=0).model_dump(mode="json")
+            upload = UploadView.of_log(each.upload, log_id=folding.log_id, partition=each.fact.partition)
+            seen = upload.model_dump(mode="json")
             shown[seen["id"], seen["position"]] = seen
     answers = [(wish.sent, answer) for wish in evidence.wishes for answer in wish.answers]
     for sent, answer in [*answers, *evidence.reads]:
@@ -325,14 +335,19 @@ def _check_found(sent: Sent, answer: Answer, folding: Folding) -> Iterator[str]:
         yield f"GET {sent.path} was 404, and the batch is there"
     if not sent.query:
         return
-    least = Position.parse(sent.query.partition("=")[2]).offset(0) or 0
+    least = _offset(sent.query.partition("=")[2], held.id)
     before = [each for each in folding.effective if each.fact.batch_id == held.id and each.fact.offset <= least]
     gone = any(isinstance(each.fact.event, BatchDeleted) for each in before)
     if gone != (answer.status == 404) and not held.batch.deleted:
         yield f"GET {sent.path}?{sent.query} was {answer.status}"
     for view in _views_in(answer) if answer.status < 300 and "items" not in answer.body else ():
-        if gone or (before and (Position.parse(view["position"]).offset(0) or 0) < before[-1].fact.offset):
+        if gone or (before and _offset(view["position"], held.id) < before[-1].fact.offset):
             yield f"GET {sent.path}?{sent.query} showed {view['position']}, older than what was waited for"
+
+
+def _offset(position: str, batch_id: str) -> int:
+    """Of the batch's partition."""
+    return Position.parse(position).offset(partition_of(batch_id)) or 0
 
 
 def _views_in(answer: Answer) -> Iterator[dict[str, Any]]:

@@ -60,7 +60,7 @@ class History:
 
 
 class Client:
-    """One user, who asks any of the replicas."""
+    """One user, who asks any of the replicas. Keys are of this run, so runs differ in the partitions of batches."""
 
     def __init__(self, world: World, history: History, replicas: Sequence[Process], *, user_id: str) -> None:
         self.user_id = user_id
@@ -151,7 +151,7 @@ class Client:
         return await self._wish(Wish(kind, sent, names, tuple(map(_sha256, bodies))), again=key is not None)
 
     def _sent(self, method: str, path: str, *, key: str | None = None, kind: str = "", body: bytes = b"") -> Sent:
-        headers = [("Idempotency-Key", key)] if key else []
+        headers = [("Idempotency-Key", f"{key}-{self._world.seed}")] if key else []
         headers += [("Content-Type", kind)] if kind else []
         return Sent(method, path, self.user_id, tuple(headers), body)
 

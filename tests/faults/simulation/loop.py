@@ -39,6 +39,11 @@ class Node:
         self.paused = False
         self.ready: deque[asyncio.Handle] = deque()
 
+    @property
+    def process(self) -> str:
+        """Whose life it is: the same for all lives of a process."""
+        return self.name.partition(".")[0]
+
     def __repr__(self) -> str:
         return self.name
 

@@ -21,25 +21,34 @@ from services.database import DatabaseUnavailable
 from services.eventlog import LogOutcomeUnknown, LogUnavailable
 from services.folding import Held
 from services.processor import decisions, lane, projection
+from services.processor.health import Health
 from services.processor.projection import Payload
+from services.processor.replay import Replay
 from services.tail import Tail
 from tests.fakes_rows import MemoryRows
 from tests.faults.simulation.ports import SimulatedWriter
-from tests.faults.simulation.run import at_random
+from tests.faults.simulation.run import at_random, crash_at
+from tests.faults.simulation.world import Broker
 
 
 @dataclass(frozen=True)
 class Planted:
-    """`story`: where it shows; `seeds`: in how many of them it must be found."""
+    """`story`: where it shows, with everything breaking at random, or (`quiet`) with nothing; `seeds`: in how many of
+    them it must be found."""
 
     story: str
     plant: Callable[[], AbstractContextManager[Any]]
     seeds: int = 40
+    quiet: bool = False
 
     def found_at(self) -> int | None:
         """The first seed that finds it."""
         with self.plant():
-            return next((seed for seed in range(self.seeds) if at_random(self.story, seed=str(seed)).violations), None)
+            return next((seed for seed in range(self.seeds) if self._shows(str(seed))), None)
+
+    def _shows(self, seed: str) -> bool:
+        run = crash_at(self.story, seed=seed, points=()) if self.quiet else at_random(self.story, seed=seed)
+        return bool(run.violations)
 
 
 def no_fence_in_the_rows() -> AbstractContextManager[Any]:
@@ -69,12 +78,12 @@ def lost_although_acknowledged() -> AbstractContextManager[Any]:
     """The log acknowledges what it does not keep, now and then."""
     land = SimulatedWriter._land
 
-    def forgetful(self: SimulatedWriter, records: list[NewRecord], answer: Any) -> None:
+    def forgetful(self: SimulatedWriter, broker: Broker, records: list[NewRecord], answer: Any) -> None:
         if self._world.delays.random() < 0.05:
             if answer is not None and not answer.done():
-                answer.set_result(self._world.broker.end)
+                answer.set_result(broker.end)
             return
-        land(self, records, answer)
+        land(self, broker, records, answer)
 
     return mock.patch.object(SimulatedWriter, "_land", forgetful)
 
@@ -179,6 +188,35 @@ def rows_of_another_folded_onto() -> AbstractContextManager[Any]:
     return mock.patch.object(projection.Projection, "_check_alone", carefree)
 
 
+def no_fence_before_the_commit() -> AbstractContextManager[Any]:
+    """What was folded under somebody else's claim is written all the same."""
+
+    def unfenced(_self: projection.Projection) -> None:
+        """All is well."""
+
+    return mock.patch.object(projection.Projection, "_check_fence", unfenced)
+
+
+def switched_too_early() -> AbstractContextManager[Any]:
+    """A replay does not see to it that the new rows include what the live ones do."""
+
+    async def nothing(*_: object) -> dict[int, int]:
+        return {}
+
+    return mock.patch.object(Replay, "_needed", nothing)
+
+
+def lost_for_the_next_lane_too() -> AbstractContextManager[Any]:
+    """A lane that begins anew does not take note that Postgres is there, until it has something to write."""
+    back = Health.back
+
+    def forgetful(self: Health, part: str) -> None:
+        if part != "database" or self.state == "working":
+            back(self, part)
+
+    return mock.patch.object(Health, "back", forgetful)
+
+
 @contextlib.contextmanager
 def rows_read_as_gone() -> Iterator[None]:
     """A question to the tables that fails is answered as if nothing were there."""
@@ -204,9 +242,12 @@ PLANTED: dict[str, Planted] = {
     "a new id each time": Planted("duplicates", a_new_id_each_time),
     "bytes dropped in doubt": Planted("last_place", bytes_dropped_in_doubt),
     "kept facts forgotten": Planted("two_users", kept_facts_forgotten),
-    "late copies overlooked": Planted("two_users", late_copies_overlooked, seeds=500),
+    "late copies overlooked": Planted("decoder_away", late_copies_overlooked, seeds=80),
     "written again after the commit": Planted("bad_file_and_retry", written_again_after_the_commit),
-    "rows ahead of the tail": Planted("deleted", rows_ahead_of_the_tail, seeds=150),
-    "rows of another folded onto": Planted("zombie", rows_of_another_folded_onto, seeds=60),
+    "rows ahead of the tail": Planted("deleted", rows_ahead_of_the_tail, quiet=True),
+    "no fence before the commit": Planted("claimed_and_paused", no_fence_before_the_commit, quiet=True),
+    "switched too early": Planted("rebuilt", switched_too_early),
+    "lost for the next lane too": Planted("rebuilt", lost_for_the_next_lane_too, quiet=True),
+    "rows of another folded onto": Planted("zombie", rows_of_another_folded_onto, seeds=80),
     "rows read as gone": Planted("bad_file_and_retry", rows_read_as_gone),
 }

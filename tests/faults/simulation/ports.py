@@ -22,15 +22,15 @@ from services.eventlog import LogOutcomeUnknown, LogSettings, LogUnavailable
 from services.eventlog.protocol import PartitionBounds, not_there
 from services.processor.presence import Worker
 from services.processor.work.port import Job, WorkCancelled, WorkError, WorkerUnavailable
-from tests.fakes_rows import Gate, MemoryDatabase, MemoryRows
 from tests.faults.simulation.loop import NODE
-from tests.faults.simulation.world import World
+from tests.faults.simulation.world import Broker, World
 
 T = TypeVar("T")
 
 BROKER = contextvars.Context()
 """What lands, lands whether or not its sender still lives: these callbacks are of no process."""
 LATE_S_MAX = 6.0
+HEELS_MAX = 3
 LOCK_IDLE_S = 3.0
 LOCK_TRY_S = 0.5
 LOCK_PIN_S = 1.0
@@ -39,15 +39,14 @@ WORK_S = {"good": (0.02, 0.3), "bad": (0.02, 0.2), "broken": (0.01, 0.05), "slow
 
 
 class SimulatedLog:
-    """A Log of one partition."""
+    """A Log."""
 
     def __init__(self, world: World) -> None:
         self.settings = LogSettings(bootstrap_servers="nowhere:1")
         self._world = world
 
     def reader(self, partitions: Sequence[int]) -> "SimulatedReader":
-        assert list(partitions) == [0]
-        return SimulatedReader(self._world)
+        return SimulatedReader(self._world, partitions)
 
     def writer(self) -> "SimulatedWriter":
         return SimulatedWriter(self._world)
@@ -59,44 +58,57 @@ class SimulatedLog:
 class SimulatedReader:
     """A LogReader; how many records a poll brings, the seed says."""
 
-    partitions = (0,)
     silent_ms = 0.0
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, partitions: Sequence[int]) -> None:
+        self.partitions = tuple(partitions)
         self._world = world
-        self._next = -1
+        self._brokers = [world.brokers[number] for number in partitions]
+        self._next = dict.fromkeys(partitions, -1)
 
-    async def first(self, _partition: int) -> StoredRecord | None:
-        return self._world.broker.records[0] if self._world.broker.records else None
+    async def first(self, partition: int) -> StoredRecord | None:
+        return next(iter(self._world.brokers[partition].records), None)
 
     async def seek(self, partition: int, offset: int) -> None:
         async with self._world.calling("log.seek", LogUnavailable):
-            if refused := not_there(f"log/{partition}", offset, PartitionBounds(0, self._world.broker.end)):
+            bounds = PartitionBounds(0, self._world.brokers[partition].end)
+            if refused := not_there(f"log/{partition}", offset, bounds):
                 raise refused
-            self._next = offset
+            self._next[partition] = offset
 
     async def read(self, *, records_max: int, timeout_ms: int) -> list[StoredRecord]:
-        world, broker = self._world, self._world.broker
-        if self._next >= broker.end:
-            arrival: asyncio.Future[None] = world.loop.create_future()
-            broker.arrivals[arrival] = None
-            try:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout_ms / 1000):
-                        await arrival
-            finally:
-                broker.arrivals.pop(arrival, None)
-        if self._next >= broker.end:
+        world = self._world
+        if not self._unread():
+            await self._arrival(timeout_ms)
+        if not (unread := self._unread()):
             return []
         await world.reach("log.read", "before", LogUnavailable)
         most = records_max if world.delays.random() < 0.5 else world.delays.randint(1, 4)
-        records = broker.records[self._next : self._next + min(most, records_max)]
-        self._next += len(records)
+        broker = unread[0] if len(unread) == 1 else world.delays.choice(unread)
+        first = self._next[broker.partition]
+        records = broker.records[first : first + min(most, records_max)]
+        self._next[broker.partition] += len(records)
         return records
+
+    def _unread(self) -> list[Broker]:
+        return [broker for broker in self._brokers if self._next[broker.partition] < broker.end]
+
+    async def _arrival(self, timeout_ms: int) -> None:
+        """Wait for the next record of any of the partitions."""
+        arrival: asyncio.Future[None] = self._world.loop.create_future()
+        for broker in self._brokers:
+            broker.arrivals[arrival] = None
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_ms / 1000):
+                    await arrival
+        finally:
+            for broker in self._brokers:
+                broker.arrivals.pop(arrival, None)
 
     async def ends(self) -> dict[int, int]:
         async with self._world.calling("log.ends", LogUnavailable):
-            return {0: self._world.broker.end}
+            return {broker.partition: broker.end for broker in self._brokers}
 
     async def close(self) -> None:
         """Nothing to close."""
@@ -107,16 +119,16 @@ class SimulatedWriter:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._turn = asyncio.Lock()
+        self._turns = [asyncio.Lock() for _ in world.brokers]
         self._closed = False
 
-    async def append(self, _partition: int, records: Sequence[NewRecord], *, timeout_s: float) -> int:
+    async def append(self, partition: int, records: Sequence[NewRecord], *, timeout_s: float) -> int:
         if self._closed:
             raise LogUnavailable("the writer is closed: nothing was sent")
         sent: list[asyncio.Future[int]] = []
         try:
-            async with asyncio.timeout(timeout_s), self._turn:
-                return await self._append(list(records), sent)
+            async with asyncio.timeout(timeout_s), self._turns[partition]:
+                return await self._append(self._world.brokers[partition], list(records), sent)
         except TimeoutError:
             if sent:
                 raise LogOutcomeUnknown("no answer: it may have landed or may yet land") from None
@@ -125,19 +137,19 @@ class SimulatedWriter:
     async def close(self) -> None:
         self._closed = True
 
-    async def _append(self, records: list[NewRecord], sent: list[asyncio.Future[int]]) -> int:
+    async def _append(self, broker: Broker, records: list[NewRecord], sent: list[asyncio.Future[int]]) -> int:
         world = self._world
         fault = await world.reach("log.append", "before", LogUnavailable)
         answer: asyncio.Future[int] = world.loop.create_future()
         sent.append(answer)
         if fault == "twice":
-            self._land_late(records, None)
+            self._land_late(broker, records, None)
         dying = world.in_flight("log.append")
         if fault == "late" or dying:
-            self._land_late(records, answer)
+            self._land_late(broker, records, answer)
         else:
             delay_s = world.delays.uniform(0.0001, 0.002)
-            world.loop.call_later(delay_s, self._land, records, answer, context=BROKER)
+            world.loop.call_later(delay_s, self._land, broker, records, answer, context=BROKER)
         if dying:
             await world.die("while an append is in flight")
         if fault == "late" and world.delays.random() < 0.7:
@@ -146,50 +158,28 @@ class SimulatedWriter:
         await world.reach("log.append", "after", LogOutcomeUnknown)
         return offset
 
-    def _land_late(self, records: list[NewRecord], answer: "asyncio.Future[int] | None") -> None:
-        """Some time later; in half the cases hard on the heels of what lands next, where it does most harm."""
+    def _land_late(self, broker: Broker, records: list[NewRecord], answer: "asyncio.Future[int] | None") -> None:
+        """Some time later; in half the cases hard on the heels of one of the next to land, where it does most harm."""
         world, landed = self._world, False
 
         def land() -> None:
             nonlocal landed
             if not landed:
                 landed = True
-                self._land(records, answer)
+                self._land(broker, records, answer)
 
         if world.delays.random() < 0.5:
-            world.broker.stragglers.append(land)
+            broker.stragglers.append((world.delays.randint(1, HEELS_MAX), land))
         world.loop.call_later(world.delays.uniform(0.0, LATE_S_MAX), land, context=BROKER)
 
-    def _land(self, records: list[NewRecord], answer: "asyncio.Future[int] | None") -> None:
-        offset = self._world.broker.land(records, self._world.now_ms())
+    def _land(self, broker: Broker, records: list[NewRecord], answer: "asyncio.Future[int] | None") -> None:
+        offset = broker.land(records, self._world.now_ms())
         for record in records:
             self._world.tell("landed", dict(record.headers)["ce_type"].decode())
-        stragglers, self._world.broker.stragglers = self._world.broker.stragglers, []
-        for straggler in stragglers:
+        for straggler in broker.due():
             self._world.loop.call_later(self._world.delays.uniform(0.0, 0.004), straggler, context=BROKER)
         if answer is not None and not answer.done():
             answer.set_result(offset)
-
-
-def gate(world: World) -> Gate:
-    """What stands around every question to the tables."""
-
-    def around(name: str) -> Any:
-        return world.calling(name, DatabaseUnavailable)
-
-    return around
-
-
-def database_of(world: World) -> MemoryDatabase:
-    return MemoryDatabase(world.tables, gate=gate(world))
-
-
-class SimulatedRows:
-    """Takes the place of services.processor.rows.Rows."""
-
-    @staticmethod
-    async def live(database: MemoryDatabase) -> MemoryRows:
-        return MemoryRows(database.tables, gate=database._gate)
 
 
 class SimulatedLock:

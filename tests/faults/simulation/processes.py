@@ -21,6 +21,7 @@ from starlette.responses import Response
 
 from schemas.batch import Changed
 from schemas.events import LaneClaimed, Limits, UploadStarted
+from schemas.ids import partition_of
 from schemas.views import BatchCounts
 from services.api import filing, routes
 from services.api.answers import POSITION_HEADER, install_problems
@@ -34,12 +35,12 @@ from services.processor import main as processor_main
 from services.processor.projection import LaneLostError
 from services.settings import Settings
 from services.tail import Folded, Tail
+from tests.faults.simulation.generations import SimulatedDatabase
 from tests.faults.simulation.loop import NODE, Node
 from tests.faults.simulation.ports import (
     SimulatedBlobs,
     SimulatedLog,
     SimulatedWorker,
-    database_of,
 )
 from tests.faults.simulation.reference import fold
 from tests.faults.simulation.world import World
@@ -49,11 +50,15 @@ START_S = 0.05
 
 
 class Process:
-    """A service that is started again a while after it ended. `stop` is its SIGTERM."""
+    """A service that is started again a while after it ended. `stop` is its SIGTERM; `partition`: whose lane it works,
+    if it does."""
 
-    def __init__(self, world: World, name: str, main: "Callable[[Process], Awaitable[None]]") -> None:
+    def __init__(
+        self, world: World, name: str, main: "Callable[[Process], Awaitable[None]]", *, partition: int = 0
+    ) -> None:
         self.world = world
         self.name = name
+        self.partition = partition
         self.handle: Callable[[Sent], Awaitable[Answer]] | None = None
         self.pending: dict[asyncio.Future[Answer], None] = {}
         self.stop = asyncio.Event()
@@ -91,10 +96,11 @@ class Process:
 
     def _check_superseded(self, why: str) -> None:
         """Only a newer claim may put a processor out of a lane that it works and holds the lock of."""
-        folding = fold(self.world.broker.records)
+        folding = fold(self.world.brokers[self.partition].records)
         newest = [event.worker_id for event, _ in folding.of(LaneClaimed)][-1:]
-        worked = [event for event, _ in folding.of(UploadStarted) if event.epoch == folding.lane.epoch]
-        holder, _ = self.world.locks.get(0, (None, 0.0))
+        epoch = folding.lane(self.partition).epoch
+        worked = [event for event, _ in folding.of(UploadStarted) if event.epoch == epoch]
+        holder, _ = self.world.locks.get(self.partition, (None, 0.0))
         if newest == [self.node.name] and worked and holder is self.node:
             self.world.violations.append(f"{self.node.name} was put out of its lane by nobody's claim: {why}")
 
@@ -141,9 +147,9 @@ class Answer:
 async def api(me: Process) -> None:
     """One replica: the tail, and the real routes below HTTP."""
     world = me.world
-    settings = _settings()
+    settings = _settings(partitions=len(world.brokers))
     async with AsyncExitStack() as stack:
-        database, log = database_of(world), SimulatedLog(world)
+        database, log = SimulatedDatabase(world), SimulatedLog(world)
         tail = await stack.enter_async_context(_tail(world, database, log, batches_max=2))
         await tail.caught_up()
         writer = log.writer()
@@ -173,9 +179,9 @@ LIMITS = Limits(files_max=4, batch_bytes_max=1_000_000, file_bytes_max=100_000)
 
 
 @functools.cache
-def _settings() -> Settings:
+def _settings(*, partitions: int, partition: int = 0) -> Settings:
     """The defaults, whatever this machine's environment says."""
-    return Settings.model_construct()
+    return Settings.model_construct(partitions=partitions, partition=partition)
 
 
 class _AnyUser:
@@ -184,7 +190,8 @@ class _AnyUser:
 
 
 def _tail(world: World, database: Any, log: Any, *, batches_max: int) -> Any:
-    return Tail.open(log=log, database=database, log_id=world.log_id, partitions=1, batches_max=batches_max)
+    partitions = len(world.brokers)
+    return Tail.open(log=log, database=database, log_id=world.log_id, partitions=partitions, batches_max=batches_max)
 
 
 class _Problems(dict[type[Exception], Any]):
@@ -295,15 +302,13 @@ async def ask(process: Process, sent: Sent) -> Answer:
 async def processor(me: Process) -> None:
     """A processor, whole but for its health endpoint; see `ground` for what stands in the place of what."""
     world = me.world
-    database = database_of(world)
-    database.world = world  # type: ignore[attr-defined]  # the lock's way to its server
     stores: Any = SimpleNamespace(
-        log=SimulatedLog(world), log_id=world.log_id, identity=world.identity, database=database
+        log=SimulatedLog(world), log_id=world.log_id, identity=world.identity, database=SimulatedDatabase(world)
     )
     scratch = world.folder / f"scratch-{me.name}-{me.starts}"
     scratch.mkdir()
     shop = processor_main.Workshop(
-        settings=_settings(),
+        settings=_settings(partitions=len(world.brokers), partition=me.partition),
         stores=stores,
         blobs=SimulatedBlobs(world),
         worker=SimulatedWorker(world),  # type: ignore[arg-type]
@@ -339,7 +344,8 @@ def watcher(watched: list[str], streams: list[Stream]) -> "Callable[[Process], A
                 stream.facts.append((folded.fact.offset, folded.fact.id, _counts(folded.batch)))
 
         async with AsyncExitStack() as stack:
-            tail = await stack.enter_async_context(_tail(world, database_of(world), SimulatedLog(world), batches_max=3))
+            database, log = SimulatedDatabase(world), SimulatedLog(world)
+            tail = await stack.enter_async_context(_tail(world, database, log, batches_max=3))
             stack.callback(tail.listen(hear))
             while True:
                 for batch_id in [each for each in watched if each not in subscribed]:
@@ -349,7 +355,7 @@ def watcher(watched: list[str], streams: list[Stream]) -> "Callable[[Process], A
                             continue
                         known = tail.peek(batch_id)
                         if known is not None and known.batch is not None:
-                            offset = tail.position().offset(0) or 0
+                            offset = tail.position().offset(partition_of(batch_id)) or 0
                             stream = Stream(batch_id, offset, _counts(known.batch))
                             subscribed[batch_id] = stream
                             streams.append(stream)

@@ -3,6 +3,7 @@
 No rows, no cache, no polls and no tail: each record in order, and what was effective kept as copies.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,21 +25,25 @@ class Effective:
 
 @dataclass
 class Folding:
-    """A log, folded from its first record."""
+    """A log, folded from its first record; `effective` is in order within each partition."""
 
     log_id: str = ""
-    lane: Lane = field(default_factory=lambda: Lane(0))
+    lanes: dict[int, Lane] = field(default_factory=dict)
     held: dict[str, Held] = field(default_factory=dict)
     effective: list[Effective] = field(default_factory=list)
     ignored: list[tuple[Fact, Ignored]] = field(default_factory=list)
     unreadable: list[int] = field(default_factory=list)
-    epochs: list[int] = field(default_factory=list)
+    epochs: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """The effective ones, by partition."""
 
     def of(self, *kinds: type[Any]) -> Iterator[tuple[Any, Effective]]:
         """The effective facts of some kinds, with what they say."""
         for each in self.effective:
             if isinstance(each.fact.event, kinds):
                 yield each.fact.event, each
+
+    def lane(self, partition: int) -> Lane:
+        return self.lanes.setdefault(partition, Lane(partition))
 
     def batches(self) -> Iterator[tuple[Batch, dict[str, Upload]]]:
         for held in self.held.values():
@@ -47,7 +52,7 @@ class Folding:
 
 
 def fold(records: Sequence[StoredRecord]) -> Folding:
-    """Fold a log of one partition."""
+    """Fold a log, its records in order within each partition."""
     folding = Folding()
     for record in records:
         fold_one(folding, record)
@@ -56,7 +61,7 @@ def fold(records: Sequence[StoredRecord]) -> Folding:
 
 def fold_one(folding: Folding, record: StoredRecord) -> None:
     """Fold the next record."""
-    fact, lane = decode(record), folding.lane
+    fact, lane = decode(record), folding.lane(record.partition)
     step(lane, fact.offset, fact.timestamp_ms)
     if not isinstance(fact, Fact):
         folding.unreadable.append(fact.offset)
@@ -64,7 +69,7 @@ def fold_one(folding: Folding, record: StoredRecord) -> None:
     if isinstance(fact.event, LogCreated | LaneClaimed) or fact.batch_id is None:
         outcome = evolve(lane, None, None, fact)
         if isinstance(fact.event, LaneClaimed) and isinstance(outcome, Changed):
-            folding.epochs.append(fact.offset)
+            folding.epochs[fact.partition].append(fact.offset)
     else:
         held = folding.held.setdefault(fact.batch_id, Held(fact.batch_id, None, {}, folded_to=0))
         outcome = held.fold(fact, log_id=lane.log_id, epoch=lane.epoch, time_ms=lane.time_ms)

@@ -32,12 +32,21 @@ from services.api import reading as reading_module
 from services.eventlog import LogIdentity
 from services.processor import main as processor_main
 from services.processor import projection as projection_module
+from services.processor import rebuilding, replay
 from services.processor.projection import Projection
 from tests.fakes_rows import MemoryRows, Tables
 from tests.faults.simulation.checks import Evidence, violations
 from tests.faults.simulation.clients import History
+from tests.faults.simulation.generations import (
+    SimulatedRebuildLock,
+    SimulatedRows,
+    SimulatedShadowRows,
+    drop,
+    made,
+    replayer,
+)
 from tests.faults.simulation.loop import Stuck
-from tests.faults.simulation.ports import SimulatedLock, SimulatedPresence, SimulatedRows, SimulatedSelf
+from tests.faults.simulation.ports import SimulatedLock, SimulatedPresence, SimulatedSelf
 from tests.faults.simulation.processes import Process, Stream, api, processor, watcher
 from tests.faults.simulation.reference import Folding, fold_one
 from tests.faults.simulation.scenarios import SCENARIOS, Scene
@@ -52,12 +61,12 @@ IDLE_POLL_MS = 1_500
 
 @dataclass
 class Result:
-    """What became of a run. `command` runs it again."""
+    """What became of a run. `passed`: who came by each point; `command` runs it again."""
 
     scenario: str
     seed: str
     violations: list[str]
-    points: int
+    passed: list[str]
     crashes: list[tuple[str, str]]
     failures: int
     records: int
@@ -68,6 +77,10 @@ class Result:
     replayed_with: str = ""
 
     @property
+    def points(self) -> int:
+        return len(self.passed)
+
+    @property
     def command(self) -> str:
         chosen = f"--scenario {self.scenario} --seed {self.seed}{self.replayed_with}"
         return f"python -m tests.faults.simulation {chosen} --trace"
@@ -76,7 +89,8 @@ class Result:
 def simulate(scenario: str, *, seed: str, plan: Plan) -> Result:
     """Tell one story under one plan."""
     folder = Path(tempfile.mkdtemp(prefix="sluice-simulated-", dir=_memory()))
-    world = World(seed=f"{scenario}/{seed}", plan=plan, folder=folder)
+    partitions = SCENARIOS[scenario].partitions
+    world = World(seed=f"{scenario}/{seed}", plan=plan, folder=folder, partitions=partitions)
     with ground(world):
         try:
             found = world.loop.run(_run(world, scenario))
@@ -91,10 +105,10 @@ def simulate(scenario: str, *, seed: str, plan: Plan) -> Result:
         scenario=scenario,
         seed=seed,
         violations=[*shown, *found],
-        points=world.points,
+        passed=world.passed,
         crashes=world.crashes,
         failures=world.failures,
-        records=world.broker.end,
+        records=len(world.records),
         seconds=world.loop.now_s - 1_000,
         steps=world.loop.steps,
         fingerprint=_fingerprint(trace),
@@ -113,7 +127,7 @@ def _memory() -> str | None:
 
 @contextlib.contextmanager
 def ground(world: World) -> Iterator[None]:
-    """What is replaced while the simulation runs: clocks, chance, the lane's lock and rows, the api's queries."""
+    """What is replaced while the simulation runs: clocks, chance, the lane's lock, rows, the api's queries."""
     replaced: list[Any] = [
         mock.patch.object(time, "monotonic", world.loop.time),
         mock.patch.object(time, "time", world.time),
@@ -121,6 +135,10 @@ def ground(world: World) -> Iterator[None]:
         mock.patch.object(os, "urandom", world.random_bytes),
         mock.patch.object(secrets, "token_urlsafe", world.token),
         mock.patch.object(processor_main, "Rows", SimulatedRows),
+        mock.patch.object(rebuilding, "ShadowRows", SimulatedShadowRows),
+        mock.patch.object(rebuilding, "_made", made),
+        mock.patch.object(replay, "RebuildLock", SimulatedRebuildLock),
+        mock.patch.object(replay, "_drop", drop),
         mock.patch.object(processor_main, "LaneLock", SimulatedLock),
         mock.patch.object(processor_main, "Presence", SimulatedPresence),
         mock.patch.object(processor_main, "Worker", SimulatedSelf),
@@ -167,11 +185,16 @@ async def _run(world: World, name: str) -> list[str]:
     history, watched = History(), []
     streams: list[Stream] = []
     replicas = [Process(world, f"api-{number}", api) for number in (1, 2)]
-    processors = [Process(world, f"processor-{number + 1}", processor) for number in range(scenario.processors)]
+    processors = [
+        Process(world, f"processor-{partition}-{number}", processor, partition=partition)
+        for partition in range(scenario.partitions)
+        for number in range(1, scenario.processors + 1)
+    ]
+    replaying = Process(world, "replayer", replayer)
     processes = [*replicas, *processors, Process(world, "watcher", watcher(watched, streams))]
     for process in processes:
         process.start()
-    scene = Scene(world, history, replicas, processors, watched)
+    scene = Scene(world, history, replicas, processors, replaying, watched)
     await asyncio.sleep(0.5)
     try:
         async with asyncio.timeout(STORY_S_MAX):
@@ -180,14 +203,14 @@ async def _run(world: World, name: str) -> list[str]:
         world.violations.append(f"the story took more than {STORY_S_MAX:.0f} s")
     world.tell("healed")
     world.healed = True
-    settled = await _rest(world)
+    settled = await _rest(world, replaying)
     for batch_id in watched:
         for user_id in sorted({wish.sent.user_id for wish in history.wishes}):
             await scene.client(user_id).read(f"/v1/batches/{batch_id}")
-    settled = settled and await _rest(world)
+    settled = settled and await _rest(world, replaying)
     return violations(
         Evidence(
-            records=world.broker.records,
+            records=world.records,
             tables=world.tables,
             refolded=[await _refold(world)],
             wishes=history.wishes,
@@ -205,27 +228,30 @@ def _undisturbed(world: World, processors: Sequence[Process]) -> bool:
     """Whether no attempt can have crashed: no processor was killed or paused, or lost its lane to another one."""
     if world.paused or any(name.startswith(each.name) for name, _ in world.crashes for each in processors):
         return False
-    return len(processors) == 1 or world.failures == 0
+    return len(processors) == len(world.brokers) or not (world.failures or world.away_until_s)
 
 
 def _begin_log(world: World) -> None:
     world.identity = LogIdentity(new_id(now_ms=world.now_ms(), random=world.random_bytes(9)), {})
-    said = Envelope(id=new_id(now_ms=world.now_ms(), random=world.random_bytes(9)), source="test", time="")
-    world.broker.land([encode(LogCreated(log_id=world.log_id), said)], world.now_ms())
+    for broker in world.brokers:
+        said = Envelope(id=new_id(now_ms=world.now_ms(), random=world.random_bytes(9)), source="test", time="")
+        broker.land([encode(LogCreated(log_id=world.log_id), said)], world.now_ms())
 
 
-async def _rest(world: World) -> bool:
-    """Whether it came to rest: what was sealed ended, the rows are at the log's end, and nothing is added any more."""
-    folding, end, since_s = Folding(), 0, world.loop.now_s
+async def _rest(world: World, replaying: Process) -> bool:
+    """Whether it came to rest: what was sealed ended, a replay that was begun too, the rows are at the log's end, and
+    nothing is added any more."""
+    folding, ends, since_s = Folding(), [0], world.loop.now_s
     deadline_s = world.loop.now_s + REST_S_MAX
     while world.loop.now_s < deadline_s:
         await asyncio.sleep(REST_LOOK_S)
-        records = world.broker.records
-        for record in records[folding.lane.next_offset :]:
-            fold_one(folding, record)
-        position = world.tables.lanes.get(0, Lane(0)).next_offset
-        if len(records) != end or position != end:
-            end, since_s = len(records), world.loop.now_s
+        for broker in world.brokers:
+            for record in broker.records[folding.lane(broker.partition).next_offset :]:
+                fold_one(folding, record)
+        positions = [world.tables.lanes.get(number, Lane(number)).next_offset for number in range(len(world.brokers))]
+        now = [broker.end for broker in world.brokers]
+        if not ends == now == positions:
+            ends, since_s = now, world.loop.now_s
         busy = any(batch.sealed and not batch.ended and not batch.deleted for batch, _ in folding.batches())
         busy = busy or any(
             upload.status in ("queued", "processing")
@@ -233,7 +259,7 @@ async def _rest(world: World) -> bool:
             for upload in uploads.values()
             if not batch.deleted
         )
-        busy = busy or any(node.paused for node in world.on_death)
+        busy = busy or any(node.paused for node in world.on_death) or (replaying.starts > 0 and replaying.wanted)
         if not busy and world.loop.now_s - since_s > 1.0 and world.tables.lanes:
             return True
     return False
@@ -242,16 +268,17 @@ async def _rest(world: World) -> bool:
 async def _refold(world: World) -> Tables:
     """The rows as a replay from zero makes them, by polls of other sizes."""
     tables = Tables()
-    projection = await Projection.open(MemoryRows(tables), partition=0, log_id=world.log_id)
     polls = random.Random(f"{world.seed}/refold")
-    records = list(world.broker.records)
-    while records:
-        some = polls.choice((1, 2, 7, len(records)))
-        await projection.fold(records[:some])
-        del records[:some]
-        if polls.random() < 0.7:
-            await projection.flush()
-    await projection.flush()
+    for broker in world.brokers:
+        projection = await Projection.open(MemoryRows(tables), partition=broker.partition, log_id=world.log_id)
+        records = list(broker.records)
+        while records:
+            some = polls.choice((1, 2, 7, len(records)))
+            await projection.fold(records[:some])
+            del records[:some]
+            if polls.random() < 0.7:
+                await projection.flush()
+        await projection.flush()
     return tables
 
 
@@ -270,10 +297,12 @@ def at_random(scenario: str, *, seed: str) -> Result:
     return simulate(scenario, seed=seed, plan=AtRandom(f"{scenario}/{seed}"))
 
 
-def every_crash(scenario: str, *, seed: str, stride: int = 1) -> Iterator[Result]:
-    """A story once for each point (or each so-many-th), with a crash there; first, as it is where nothing breaks."""
+def every_crash(scenario: str, *, seed: str, runs: int | None = None, of: str = "") -> Iterator[Result]:
+    """A story once for each point (or for so many, evenly spread; or for those of one process), with a crash there;
+    first, as it is where nothing breaks."""
     yield (quiet := crash_at(scenario, seed=seed, points=[0]))
-    for point in range(1, quiet.points + 1, stride):
+    points = [point for point, process in enumerate(quiet.passed, start=1) if of in ("", process)]
+    for point in points[:: max(1, len(points) // runs) if runs else 1]:
         yield crash_at(scenario, seed=seed, points=[point])
 
 

@@ -1,16 +1,21 @@
 """The stories: what clients and operators do, each short enough to be told once for every point where it may break.
 
 A story ends when its clients have their answers; what must be true by then and after is said in `checks`, not here.
-Every story asks two replicas; two processors stand ready where it says so.
+Every story asks two replicas; two processors stand ready, and two partitions are worked, where it says so.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from schemas.events import Fact, LaneClaimed, decode
+from schemas.ids import partition_of
 from tests.faults.simulation.clients import Client, History, Wish
 from tests.faults.simulation.processes import Process
 from tests.faults.simulation.world import World
+
+CLAIM_S_MAX = 30.0
 
 
 @dataclass(slots=True)
@@ -21,6 +26,7 @@ class Scene:
     history: History
     replicas: Sequence[Process]
     processors: Sequence[Process]
+    replayer: Process
     watched: list[str]
 
     def client(self, user_id: str) -> Client:
@@ -37,14 +43,36 @@ class Scene:
         return batch_id
 
     async def read_at(self, client: Client, wish: Wish, batch_id: str) -> None:
-        """Read a batch as of what a wish came to, where it was granted."""
+        """Have every replica say what a batch is as of what a wish came to, where it was granted."""
         position = wish.answer.position if wish.outcome == "ok" else None
-        await client.read(f"/v1/batches/{batch_id}", min_position=position)
+        for replica in self.replicas:
+            one = Client(self.world, self.history, [replica], user_id=client.user_id)
+            await one.read(f"/v1/batches/{batch_id}", min_position=position)
 
-    def working(self) -> Process | None:
-        """The processor that holds the lane."""
-        node, _ = self.world.locks.get(0, (None, 0.0))
+    def working(self, batch_id: str | None) -> Process | None:
+        """The processor that holds the lane of a batch."""
+        node, _ = self.world.locks.get(partition_of(batch_id) if batch_id else 0, (None, 0.0))
         return next((each for each in self.processors if each.node is node and not each.node.dead), None)
+
+    async def taken_from(self, process: Process, batch_id: str | None, *, seconds: float) -> None:
+        """Wait until another processor holds the lane of a batch, for so long at most."""
+        deadline_s = self.world.loop.now_s + seconds
+        while self.working(batch_id) in (process, None) and self.world.loop.now_s < deadline_s:  # noqa: ASYNC110  # nobody is told who holds a lock
+            await asyncio.sleep(0.004)
+
+    async def claimed(self, *, since: int) -> str | None:
+        """Who claims the first lane next, from an offset on, the moment that it lands; None where nobody does."""
+        broker = self.world.brokers[0]
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLAIM_S_MAX):
+                while True:
+                    for record in broker.records[since:]:
+                        if isinstance(fact := decode(record), Fact) and isinstance(fact.event, LaneClaimed):
+                            return fact.event.worker_id
+                    since = broker.end
+                    broker.arrivals[landed := self.world.loop.create_future()] = None
+                    await landed
+        return None
 
     async def pause(self, seconds: float) -> None:
         """Some time passes, about so much."""
@@ -84,7 +112,7 @@ async def cancelled_in_work(scene: Scene) -> None:
 
 
 async def deleted(scene: Scene) -> None:
-    """A batch is deleted while it is worked, another one after it ended."""
+    """A batch is deleted while it is worked, another one after it ended and while one replica cannot read the log."""
     ada = scene.client("ada")
     first = scene.batch_of(await ada.post_batch("slow", "good", key="k1"))
     second = scene.batch_of(await ada.post_batch("good"))
@@ -93,7 +121,8 @@ async def deleted(scene: Scene) -> None:
         await scene.read_at(ada, await ada.delete(first), first)
     if second is not None:
         await ada.until_ended(second)
-        await ada.delete(second)
+        scene.world.take_away("Kafka", scene.replicas[0].name, seconds=1.5)
+        await scene.read_at(ada, await ada.delete(second), second)
     carl = scene.client("carl")
     only = scene.batch_of(await carl.post_batch("good"))
     if only is not None:
@@ -125,14 +154,50 @@ async def two_users(scene: Scene) -> None:
     await asyncio.gather(ada_s(), bob_s())
 
 
+async def decoder_away(scene: Scene) -> None:
+    """No file can be worked for a while: each is started and given back again and again, unharmed."""
+    ada = scene.client("ada")
+    scene.world.take_away("the decoder", seconds=6.0)
+    batch_id = scene.batch_of(await ada.post_batch("good", "bad", key="k1"))
+    if batch_id is not None:
+        await ada.until_ended(batch_id)
+
+
 async def zombie(scene: Scene) -> None:
-    """The processor is paused in mid work until another has taken the lane, and goes on later."""
+    """The processor is paused in mid work until another has taken the lane, and goes on later: some time, or when the
+    other one has just taken it, or has just claimed it."""
     ada = scene.client("ada")
     batch_id = scene.batch_of(await ada.post_batch("slow", "good", key="k1"))
     await scene.pause(0.4)
-    if (paused := scene.working()) is not None:
-        scene.world.pause(paused.node, seconds=scene.world.choices.uniform(1.0, 8.0))
+    if (paused := scene.working(batch_id)) is not None:
+        node, ended = paused.node, scene.world.brokers[0].end
+        goes_on = scene.world.choices.choice(("some time", "taken", "claimed"))
+        scene.world.pause(node, seconds=scene.world.choices.uniform(1.0, 8.0) if goes_on == "some time" else 8.0)
+        if goes_on == "taken":
+            await scene.taken_from(paused, batch_id, seconds=6.0)
+            await asyncio.sleep(scene.world.choices.uniform(0.0, 0.01))
+        elif goes_on == "claimed":
+            await scene.claimed(since=ended)
+        if goes_on != "some time":
+            scene.world.loop.resume(node)
         await scene.pause(5.0)
+    if batch_id is not None:
+        await ada.until_ended(batch_id)
+
+
+async def claimed_and_paused(scene: Scene) -> None:
+    """A deployed processor is paused when its claim has just landed, until another one has claimed the lane and waits
+    for work: it reads both claims at once, when it goes on."""
+    world = scene.world
+    ended = world.brokers[0].end
+    if (told := scene.working(None)) is not None:
+        told.stop.set()
+    claimed = await scene.claimed(since=ended)
+    if (node := next((each.node for each in scene.processors if each.node.name == claimed), None)) is not None:
+        world.pause(node, seconds=world.choices.uniform(4.0, 5.5))
+    await asyncio.sleep(6.0)
+    ada = scene.client("ada")
+    batch_id = scene.batch_of(await ada.post_batch("good", "slow", "good", key="k1"))
     if batch_id is not None:
         await ada.until_ended(batch_id)
 
@@ -143,7 +208,7 @@ async def deploy(scene: Scene) -> None:
     batch_id = scene.batch_of(await ada.post_batch("slow", "slow", "good", key="k1"))
     for _ in range(2):
         await scene.pause(0.5)
-        if (told := scene.working()) is not None:
+        if (told := scene.working(batch_id)) is not None:
             scene.world.tell("sigterm", told.name)
             told.stop.set()
     if batch_id is not None:
@@ -182,6 +247,23 @@ async def last_place(scene: Scene) -> None:
     await ada.until_ended(batch_id)
 
 
+async def rebuilt(scene: Scene) -> None:
+    """The read models are rebuilt beside the live ones, and switched to, while files come and are worked; or while the
+    processors cannot reach Postgres."""
+    ada, bob = scene.client("ada"), scene.client("bob")
+    first = scene.batch_of(await ada.post_batch("good", "bad", key="k1"))
+    scene.replayer.start()
+    second = scene.batch_of(await bob.post_batch("slow", "good", key="k2"))
+    for each in scene.processors if scene.world.choices.random() < 0.5 else ():
+        scene.world.take_away("Postgres", each.name, seconds=1.5)
+    if first is not None:
+        await ada.until_ended(first)
+        await scene.read_at(ada, await ada.retry_batch(first, key="k3"), first)
+    if second is not None:
+        await bob.until_ended(second)
+        await scene.read_at(bob, await bob.delete(second), second)
+
+
 async def _after(seconds: float, awaited: Awaitable[Wish]) -> Wish:
     await asyncio.sleep(seconds)
     return await awaited
@@ -189,19 +271,23 @@ async def _after(seconds: float, awaited: Awaitable[Wish]) -> Wish:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A story, and how many processors stand ready for it."""
+    """A story, into how many partitions its log is divided, and how many processors stand ready for each."""
 
     story: Story
     processors: int = 1
+    partitions: int = 1
 
 
 SCENARIOS: dict[str, Scenario] = {
     "bad_file_and_retry": Scenario(bad_file_and_retry),
     "cancelled_in_work": Scenario(cancelled_in_work),
-    "deleted": Scenario(deleted),
-    "two_users": Scenario(two_users),
+    "deleted": Scenario(deleted, partitions=2),
+    "two_users": Scenario(two_users, partitions=2),
+    "decoder_away": Scenario(decoder_away),
     "zombie": Scenario(zombie, processors=2),
+    "claimed_and_paused": Scenario(claimed_and_paused, processors=2),
     "deploy": Scenario(deploy, processors=2),
-    "duplicates": Scenario(duplicates),
+    "duplicates": Scenario(duplicates, partitions=2),
     "last_place": Scenario(last_place),
+    "rebuilt": Scenario(rebuilt, partitions=2),
 }

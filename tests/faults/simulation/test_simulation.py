@@ -17,10 +17,8 @@ from tests.faults.simulation.scenarios import SCENARIOS
 
 ROOT = Path(__file__).parents[3]
 SEED = "1"
-EACH_SO_MANYTH_POINT = 3
-SEEDS = range(1, 13)
-RARELY_SEEN_SEEDS = 100
-QUICKLY_FOUND = [name for name, planted in PLANTED.items() if planted.seeds < RARELY_SEEN_SEEDS]
+CRASHES = 25
+SEEDS = range(1, 8)
 
 
 def wrong(results: list[Result]) -> str:
@@ -30,16 +28,17 @@ def wrong(results: list[Result]) -> str:
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_crash_at_any_point_breaks_no_promise(scenario: str) -> None:
-    quiet, *runs = every_crash(scenario, seed=SEED, stride=EACH_SO_MANYTH_POINT)
+    quiet, *runs = every_crash(scenario, seed=SEED, runs=CRASHES)
 
     assert (quiet.crashes, quiet.failures) == ([], 0)
     assert wrong([quiet, *runs]) == ""
-    assert [len(run.crashes) for run in runs] == [1] * len(range(0, quiet.points, EACH_SO_MANYTH_POINT))
+    assert len(runs) >= CRASHES
+    assert {len(run.crashes) for run in runs} == {1}
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_two_crashes_break_no_promise(scenario: str) -> None:
-    runs = list(pairs_of_crashes(scenario, seed=SEED, pairs=10))
+    runs = list(pairs_of_crashes(scenario, seed=SEED, pairs=5))
 
     assert wrong(runs) == ""
     assert sum(len(run.crashes) for run in runs) > len(runs)
@@ -53,7 +52,25 @@ def test_whatever_fails_no_promise_is_broken(scenario: str) -> None:
     assert sum(run.failures for run in runs) > len(runs)
 
 
-@pytest.mark.parametrize("name", QUICKLY_FOUND)
+def test_the_read_models_are_rebuilt_and_switched_to_while_work_goes_on() -> None:
+    quiet = crash_at("rebuilt", seed=SEED, points=[])
+
+    (switched_at_s,) = [at_s for at_s, _, what, _ in quiet.trace if what == "switched"]
+    landed_at_s = [at_s for at_s, _, what, _ in quiet.trace if what == "landed"]
+    assert min(landed_at_s) < switched_at_s < max(landed_at_s)
+
+
+def test_a_replay_that_dies_anywhere_leaves_live_what_was_live() -> None:
+    _, *runs = every_crash("rebuilt", seed=SEED, runs=CRASHES, of="replayer")
+
+    assert wrong(runs) == ""
+    steps = [[(what, said) for _, _, what, said in run.trace if what in ("crash", "switched")] for run in runs]
+    again = {tuple(said for what, said in each if what == "switched") for each in steps}
+    assert all([what for what, _ in each].count("crash") == 1 for each in steps)
+    assert again == {("gen_2",), ("gen_2", "gen_3")}
+
+
+@pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_bug_is_found(name: str) -> None:
     assert PLANTED[name].found_at() is not None
 

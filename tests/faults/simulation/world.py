@@ -14,23 +14,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Protocol, Self
 
+from schemas.batch import Lane
 from schemas.records import NewRecord, StoredRecord
 from services.eventlog import LogIdentity
 from tests.fakes_rows import Tables
 from tests.faults.simulation.loop import NODE, ROOT, Node, SimulatedLoop
 
 When = Literal["before", "during", "after"]
-Fault = Literal["crash", "fail", "late", "twice", "pause"]
+Fault = Literal["crash", "fail", "late", "twice", "pause", "away"]
 
 EPOCH_S = 1_767_268_800.0
 """The date on the simulated clock at its zero."""
+UNLIKE = 0.4
+"""In so many of the runs, and of the outages, the processes do not fare alike."""
 UNCOUNTED = frozenset({"log.ends", "database.positions", "database.listen", "lock.try", "lock.pin", "rows.idle"})
 """Calls that are made again and again whatever happens: a crash there is a crash at any time."""
 SERVER_OF = {"log": "Kafka", "rows": "Postgres", "database": "Postgres", "lock": "Postgres", "blobs": "the disk"} | {
+    "replay": "Postgres",
     "answer": "the network",
     "work": "the decoder",
 }
 """What is away when calls of these names fail together."""
+SERVERS = sorted(set(SERVER_OF.values()))
 
 
 class Plan(Protocol):
@@ -46,62 +51,60 @@ class CrashAt:
     points: frozenset[int]
 
     def at(self, world: "World", _node: Node, _name: str, _when: When) -> Fault | None:
-        return "crash" if world.points in self.points else None
+        return "crash" if len(world.passed) in self.points else None
 
 
 @dataclass
 class AtRandom:
-    """Everything breaks sometimes, until the world is healed. How often which call does, how its appends go wrong and
-    whether a whole server goes away for a while, the seed says: some runs are quiet, some break one thing again and
-    again, some everything."""
+    """Everything breaks sometimes, until the world is healed. How often which call does, for all processes alike or for
+    each in its own way, how appends go wrong and whether a whole server, or one process's way to it, goes away for a
+    while, the seed says: some runs are quiet, some break one thing again and again, some everything."""
 
     seed: str
     _random: random.Random = field(init=False)
     _crash: float = field(init=False)
     _pause: float = field(init=False)
     _outage: float = field(init=False)
-    _away_until_s: dict[str, float] = field(init=False, default_factory=dict)
+    _unlike: bool = field(init=False)
     _kinds: tuple[Fault, ...] = field(init=False)
     _rates: dict[str, float] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self._random = random.Random(f"{self.seed}/faults")
-        self._crash = self._random.choice((0.0, 0.002, 0.01, 0.03))
+        self._crash = self._random.choice((0.0, 0.0, 0.002, 0.02))
         self._pause = self._random.choice((0.0, 0.0, 0.003))
         self._outage = self._random.choice((0.0, 0.0, 0.003))
         self._kinds = self._random.choice((("fail", "late", "twice"), ("late",), ("twice",), ("fail", "late")))
+        self._unlike = self._random.random() < UNLIKE
 
-    def at(self, world: "World", _node: Node, name: str, when: When) -> Fault | None:
+    def at(self, world: "World", node: Node, name: str, when: When) -> Fault | None:
         if world.healed:
             return None
-        if name not in self._rates:
-            self._rates[name] = random.Random(f"{self.seed}/{name}").choice((0.0, 0.0, 0.01, 0.03, 0.1, 0.4))
+        rated = f"{name}/{node.process}" if self._unlike else name
+        if rated not in self._rates:
+            self._rates[rated] = random.Random(f"{self.seed}/{rated}").choice((0.0, 0.0, 0.02, 0.1, 0.4))
         drawn = self._random.random()
         if drawn < self._crash:
             return "crash"
         if drawn > 1 - self._pause:
             return "pause"
-        if self._is_away(world, SERVER_OF[name.partition(".")[0]]):
-            return "fail"
-        if drawn > self._crash + self._rates[name]:
+        if self._random.random() < self._outage:
+            of = node.process if self._random.random() < UNLIKE else ""
+            world.take_away(self._random.choice(SERVERS), of, seconds=self._random.uniform(0.1, 15.0))
+        if drawn > self._crash + self._rates[rated]:
             return None
         return self._random.choice(self._kinds) if name == "log.append" and when == "before" else "fail"
-
-    def _is_away(self, world: "World", server: str) -> bool:
-        now_s = world.loop.now_s
-        if self._random.random() < self._outage:
-            self._away_until_s[server] = now_s + self._random.uniform(0.1, 15.0)
-            world.tell("away", server)
-        return now_s < self._away_until_s.get(server, 0.0)
 
 
 @dataclass
 class Broker:
-    """One partition of the log, who waits for its next record, and what lands just after the next one."""
+    """One partition of the log, who waits for its next record, and what lands just after one of the next ones: after
+    how many, and what."""
 
+    partition: int
     records: list[StoredRecord] = field(default_factory=list)
     arrivals: dict[asyncio.Future[None], None] = field(default_factory=dict)
-    stragglers: list[Callable[[], None]] = field(default_factory=list)
+    stragglers: list[tuple[int, Callable[[], None]]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -111,7 +114,7 @@ class Broker:
         """What the broker does with a record batch; the offset of its first record."""
         first = self.end
         self.records += [
-            StoredRecord(0, first + index, now_ms, record.key, record.value, record.headers)
+            StoredRecord(self.partition, first + index, now_ms, record.key, record.value, record.headers)
             for index, record in enumerate(records)
         ]
         for arrival in self.arrivals:
@@ -120,12 +123,18 @@ class Broker:
         self.arrivals.clear()
         return first
 
+    def due(self) -> list[Callable[[], None]]:
+        """What lands now that something else did."""
+        due = [land for after, land in self.stragglers if after == 1]
+        self.stragglers = [(after - 1, land) for after, land in self.stragglers if after > 1]
+        return due
+
 
 class World:
-    """See the module's text. `points` counts the points of processes come by so far, `crashes`, `failures` and
-    `paused` what was done to them."""
+    """See the module's text. `passed` names the processes that came by a point, in order; `crashes`, `failures` and
+    `paused` are what was done to them."""
 
-    def __init__(self, *, seed: str, plan: Plan, folder: Path, steps_max: int = 600_000) -> None:
+    def __init__(self, *, seed: str, plan: Plan, folder: Path, partitions: int, steps_max: int = 150_000) -> None:
         self.seed = seed
         self.plan = plan
         self.folder = folder
@@ -133,23 +142,42 @@ class World:
         self.delays = random.Random(f"{seed}/delays")
         self.choices = random.Random(f"{seed}/choices")
         self._ids = random.Random(f"{seed}/ids")
-        self.broker = Broker()
-        self.tables = Tables()
+        self.brokers = [Broker(number) for number in range(partitions)]
+        self.generations = {"gen_1": Tables()}
+        self.live = "gen_1"
+        self.positions_held: tuple[Node, float] | None = None
+        self.rebuilder: Node | None = None
         self.locks: dict[int, tuple[Node, float]] = {}
         self.identity = LogIdentity("", {})
         self.mended = False
         self.healed = False
-        self.points = 0
+        self.passed: list[str] = []
         self.crashes: list[tuple[str, str]] = []
         self.failures = 0
         self.paused = 0
         self.trace: list[tuple[float, str, str, str]] = []
         self.violations: list[str] = []
         self.on_death: dict[Node, Callable[[], None]] = {}
+        self.away_until_s: dict[tuple[str, str], float] = {}
+        """By server and process; all processes where that is empty."""
 
     @property
     def log_id(self) -> str:
         return self.identity.log_id
+
+    @property
+    def tables(self) -> Tables:
+        """The read models that are live."""
+        return self.generations[self.live]
+
+    def lane_of_rows(self, partition: int) -> Lane:
+        """Where these stand; a lane nobody projected yet begins at 0."""
+        return self.tables.lanes.setdefault(partition, Lane(partition, self.log_id))
+
+    @property
+    def records(self) -> list[StoredRecord]:
+        """All there are, partition after partition."""
+        return [record for broker in self.brokers for record in broker.records]
 
     # Time and chance
 
@@ -188,12 +216,25 @@ class World:
         self.tell(f"{fault} {when} {name}")
         if fault == "crash":
             await self.die(f"{when} {name}")
+        if fault == "away":
+            raise error(f"{name}: {SERVER_OF[name.partition('.')[0]]} is away")
         self.failures += 1
         if fault == "pause":
             await self._pause(node)
         if fault == "fail":
             raise error(f"{name} failed {when}, on purpose")
         return fault
+
+    def take_away(self, server: str, process: str = "", *, seconds: float) -> None:
+        """For so long, calls to a server fail: those of one process, or everybody's."""
+        assert server in SERVERS, f"{server} is none of {SERVERS}"
+        self.tell("away", f"{server} {process}")
+        self.away_until_s[server, process] = self.loop.now_s + seconds
+
+    def _is_away(self, node: Node, name: str) -> bool:
+        server = SERVER_OF[name.partition(".")[0]]
+        until_s = max(self.away_until_s.get((server, process), 0.0) for process in ("", node.process))
+        return not self.healed and self.loop.now_s < until_s
 
     def pause(self, node: Node, *, seconds: float) -> None:
         """SIGSTOP, and SIGCONT some seconds later."""
@@ -214,10 +255,10 @@ class World:
         if node is ROOT:
             return None
         if name not in UNCOUNTED:
-            self.points += 1
+            self.passed.append(node.process)
         elif isinstance(self.plan, CrashAt):
-            return None
-        return self.plan.at(self, node, name, when)
+            return "away" if self._is_away(node, name) else None
+        return self.plan.at(self, node, name, when) or ("away" if self._is_away(node, name) else None)
 
     def _delay_s(self) -> float:
         drawn = self.delays.random()
