@@ -8,7 +8,7 @@ are the running maximum of the partition's record timestamps (`Lane.time_ms`), i
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, assert_never
+from typing import Any, Literal, TypedDict, assert_never
 
 from schemas.errors import Code
 from schemas.events import (
@@ -91,11 +91,19 @@ class Lane:
     time_ms: int = 0
 
 
+class Retry(TypedDict):
+    """A keyed request that queued failed uploads again: the offsets of its first and its newest effective fact."""
+
+    body_hash: str
+    first: int
+    last: int
+
+
 @dataclass(slots=True)
 class Batch:
     """A batch without its uploads. Offsets are of its own partition; times in milliseconds; `requests` maps the key
-    hash of each keyed request that made it or queued uploads, again or for the first time, to its body hash, `retries`
-    that of each that queued uploads again to its newest effective offset."""
+    hash of each keyed request that made it or queued uploads to its body hash, `retries` that of each that queued
+    uploads again to what is known of it."""
 
     id: str
     partition: int
@@ -126,7 +134,7 @@ class Batch:
     error_message: str | None = None
     started_ms: int | None = None
     completed_ms: int | None = None
-    retries: dict[str, int] = field(default_factory=dict)
+    retries: dict[str, Retry] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -322,7 +330,8 @@ def _upload_queued(
         offset=fact.offset,
         place=fact.offset,
     )
-    _keep_request(batch, event.request)
+    if key_hash and body_hash and batch.requests.get(key_hash) != body_hash:
+        batch.requests = {**batch.requests, key_hash: body_hash}
     batch.queued += 1
     batch.size_bytes += event.size_bytes
     batch.last_queued_ms = lane.time_ms
@@ -407,18 +416,14 @@ def _retried(
     assert batch is not None
     if upload is None or upload.batch_id != batch.id:
         return Ignored.UNKNOWN
-    if _key_reused(batch, event.request):
-        return Ignored.IDEMPOTENCY_KEY_REUSED
-    retryable = upload.status == "failed" and event.queueing == upload.queueing + 1
-    if (retried := retried_at(batch, event.request)) is not None and not (retryable and upload.offset < retried):
-        return Ignored.REPETITION
+    if event.request and event.request.key_hash == upload.key_hash:
+        return Ignored.REPETITION if event.request.body_hash == upload.body_hash else Ignored.IDEMPOTENCY_KEY_REUSED
     if batch.status == "cancelled":
         return Ignored.BATCH_ENDED
-    if not retryable:
+    if upload.status != "failed" or event.queueing != upload.queueing + 1:
         return Ignored.NOT_FAILED
-    _keep_request(batch, event.request)
     if event.request:
-        batch.retries = {**batch.retries, event.request.key_hash: fact.offset}
+        _note_retry(batch, event.request, fact.offset)
     batch.move("failed", "queued")
     if batch.ended:
         batch.status = "processing"
@@ -549,15 +554,9 @@ def _key_reused(batch: Batch, request: Request | None) -> bool:
     return request is not None and batch.requests.get(request.key_hash, request.body_hash) != request.body_hash
 
 
-def retried_at(batch: Batch, request: Request | None) -> int | None:
-    """Where this request, known by its key, last queued uploads of the batch again; None where it never did. What
-    failed before that offset and is still failed it meant too, what failed after it, it did not."""
-    return batch.retries.get(request.key_hash) if request else None
-
-
-def _keep_request(batch: Batch, request: Request | None) -> None:
-    if request and request.key_hash not in batch.requests:
-        batch.requests = {**batch.requests, request.key_hash: request.body_hash}
+def _note_retry(batch: Batch, request: Request, offset: int) -> None:
+    known = batch.retries.get(request.key_hash, Retry(body_hash=request.body_hash, first=offset, last=offset))
+    batch.retries = {**batch.retries, request.key_hash: {**known, "last": offset}}
 
 
 def _fingerprint(request: Request | None) -> tuple[str | None, str | None]:
@@ -587,10 +586,10 @@ __all__ = [
     "Ignored",
     "Lane",
     "LogEvent",
+    "Retry",
     "Upload",
     "cancel_swept",
     "completion",
     "evolve",
-    "retried_at",
     "step",
 ]

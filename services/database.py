@@ -187,8 +187,9 @@ async def load_batches(connection: Any, generation: str, ids: Sequence[str]) -> 
 class Database:
     """A pool of connections to the database Sluice's read models live in."""
 
-    def __init__(self, url: str, *, pool_max: int) -> None:
+    def __init__(self, url: str, *, pool_max: int, sessions: str) -> None:
         self._url = url
+        self._sessions = sessions
         self._pool: asyncpg.Pool = asyncpg.create_pool(
             url,
             min_size=0,  # a floor is kept up in the background, which logs a traceback a second while Postgres is away
@@ -197,17 +198,20 @@ class Database:
             command_timeout=10,
             init=prepare_connection,
             server_settings={
-                "application_name": "sluice",
+                "application_name": sessions,
                 "idle_in_transaction_session_timeout": str(IDLE_IN_TRANSACTION_MS),
             },
         )
         self._generation: str | None = None
 
     @classmethod
-    async def open(cls, url: str, *, pool_max: int = 10) -> Self:
-        """Connect; raises DatabaseUnavailable, or StartError where the address or the server's version is wrong."""
+    async def open(cls, url: str, *, pool_max: int = 10, sessions: str = "sluice") -> Self:
+        """Connect; raises DatabaseUnavailable, or StartError where the address or the server's version is wrong.
+
+        `sessions`: the `application_name` under which Postgres shows them.
+        """
         try:
-            database = cls(url, pool_max=pool_max)
+            database = cls(url, pool_max=pool_max, sessions=sessions)
             with reaching():
                 await database._pool
                 await database._check_version()
@@ -240,7 +244,7 @@ class Database:
                 self._url,
                 timeout=5,
                 command_timeout=10,
-                server_settings={"application_name": "sluice", **server_settings},
+                server_settings={"application_name": self._sessions, **server_settings},
             )
         async with _terminated_on_error(connection):
             with reaching():
@@ -266,6 +270,10 @@ class Database:
                 async with connection.transaction():
                     await apply_migrations(connection)
                     await ensure_generation(connection)
+            except asyncpg.LockNotAvailableError as error:
+                raise DatabaseUnavailable(
+                    "the read models lack a column, and somebody reads their tables in a long transaction"
+                ) from error
             finally:
                 await connection.execute("SELECT pg_advisory_unlock($1)", _MIGRATION_LOCK)
 

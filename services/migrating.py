@@ -21,6 +21,8 @@ _COMPATIBLE_FROM = re.compile(r"^-- compatible-from: (\d{4})$", re.MULTILINE)
 _OPERATIONS_TABLE = re.compile(r"^CREATE TABLE (sluice_ops\.\w+)", re.MULTILINE)
 _GENERATION_TABLE = re.compile(r"^CREATE TABLE \{generation\}\.(\w+)", re.MULTILINE)
 _ADDITION = re.compile(r"^ALTER TABLE \{generation\}\.(\w+) ADD COLUMN (\w+) .*;$", re.MULTILINE)
+_LOCK_TIMEOUT_MS = 500
+"""So long one who alters a table may wait for those who read it: all others wait behind it."""
 _VIEW = re.compile(r"^CREATE OR REPLACE VIEW (public\.\w+)", re.MULTILINE)
 
 
@@ -136,6 +138,7 @@ async def _add_columns(connection: Any, generation: str) -> None:
             f"{generation}.{table}",
             column,
         ):
+            await connection.execute(f"SET LOCAL lock_timeout = {_LOCK_TIMEOUT_MS}")
             await connection.execute(addition[0].replace("{generation}", generation))
             _log.info("read_models_extended", table=table, column=column, old_rows="filled by `sluice replay`")
 

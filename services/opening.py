@@ -46,13 +46,14 @@ class Stores:
 
 
 @contextlib.asynccontextmanager
-async def open_stores(settings: Settings, *, service: str) -> AsyncIterator[Stores]:
-    """Open both; raises StartError with what was found and what to do."""
+async def open_stores(settings: Settings, *, service: str, sessions: str = "sluice") -> AsyncIterator[Stores]:
+    """Open both; raises StartError with what was found and what to do. `sessions`: what those in Postgres are named."""
     async with contextlib.AsyncExitStack() as stack:
         log = await stack.enter_async_context(_open_log(settings, service))
         async with stopwatch("Postgres and Kafka reached, versions checked"):
+            url = settings.database_url.get_secret_value()
             database, _ = await _both(
-                _patiently("Postgres", lambda: Database.open(settings.database_url.get_secret_value())),
+                _patiently("Postgres", lambda: Database.open(url, sessions=sessions)),
                 _patiently("Kafka", log.check_version),
             )
         await stack.enter_async_context(
@@ -67,7 +68,7 @@ async def open_stores(settings: Settings, *, service: str) -> AsyncIterator[Stor
             )
         async with stopwatch("log and read models belong together"):
             await _patiently("Postgres", lambda: _check_same_log(database, identity.log_id, topic=settings.log_topic))
-            await _patiently("Kafka", lambda: _check_same_past(database, log, partitions=settings.partitions))
+            await _check_same_past(database, log, partitions=settings.partitions)
         yield Stores(log, identity, database, functools.partial(_topic_complaint, log, settings))
 
 
@@ -146,8 +147,9 @@ async def _check_same_log(database: Database, log_id: str, *, topic: str) -> Non
 
 
 async def _check_same_past(database: Database, log: Log, *, partitions: int) -> None:
-    lanes = {number: lane for number, lane in (await database.positions()).items() if number < partitions}
-    if found := await grown_again(log, lanes):
+    positions = await _patiently("Postgres", database.positions)
+    lanes = {number: lane for number, lane in positions.items() if number < partitions}
+    if found := await _patiently("Kafka", lambda: grown_again(log, lanes)):
         raise StartError(
             f"{found}: rebuild the read models from the log as it is with `sluice replay`, or bring back what it was "
             "with `sluice log import`"
@@ -157,16 +159,18 @@ async def _check_same_past(database: Database, log: Log, *, partitions: int) -> 
 async def grown_again(log: Log, lanes: Mapping[int, Lane]) -> str | None:
     """A sentence where the log lost its end and reaches as far as the read models again, with other records: none that
     they include is newer than the newest time they know, and one that came in its place is. Raises LogUnavailable."""
-    newest = records_at(log, [(number, lane.next_offset - 1) for number, lane in lanes.items() if lane.next_offset])
-    with contextlib.suppress(LogRefused):  # it does not reach so far; who reads on from there says so
-        async with contextlib.aclosing(newest) as records:
-            async for record in records:
-                if record.timestamp_ms > (time_ms := lanes[record.partition].time_ms):
-                    return (
-                        f"{log.settings.topic} lost its end and grew again: the read models include its record "
-                        f"{record.partition}-{record.offset} as it was by {rfc3339(time_ms)}, the one that is there "
-                        f"was appended {rfc3339(record.timestamp_ms)}"
-                    )
+    for number, lane in lanes.items():
+        if lane.next_offset == 0:
+            continue
+        with contextlib.suppress(LogRefused):  # it does not reach so far; who reads on from there says so
+            async with contextlib.aclosing(records_at(log, [(number, lane.next_offset - 1)])) as records:
+                async for record in records:
+                    if record.timestamp_ms > lane.time_ms:
+                        return (
+                            f"{log.settings.topic} lost its end and grew again: the read models include its record "
+                            f"{number}-{record.offset} as it was by {rfc3339(lane.time_ms)}, the one that is there was "
+                            f"appended {rfc3339(record.timestamp_ms)}"
+                        )
     return None
 
 

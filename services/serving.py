@@ -214,18 +214,20 @@ LOST: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {404: _lo
 """What a Starlette app of a few routes answers with where it has none."""
 
 
-def health_routes(problems: Callable[[], list[str]], degraded: Callable[[], Sequence[str]] = tuple) -> list[Route]:
-    """`/livez` (the process runs), `/readyz` (503 with what `problems` says; `degraded` is said and costs nothing) and
-    `/metrics`."""
+def health_routes(
+    problems: Callable[[], list[str]], degraded: Callable[[], Sequence[str]] | None = None
+) -> list[Route]:
+    """`/livez` (the process runs), `/readyz` (503 with what `problems` says; what it goes on without is `degraded`, and
+    it is ready all the same) and `/metrics`."""
 
     async def live(_request: Request) -> Response:
         return JSONResponse({"status": "ok"})
 
     async def ready(_request: Request) -> Response:
         found = problems()
+        without = {} if degraded is None else {"degraded": list(degraded())}
         return JSONResponse(
-            {"status": "failing" if found else "ok", "problems": found, "degraded": list(degraded())},
-            status_code=503 if found else 200,
+            {"status": "failing" if found else "ok", "problems": found, **without}, status_code=503 if found else 200
         )
 
     async def metrics(_request: Request) -> Response:

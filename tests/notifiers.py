@@ -247,8 +247,8 @@ async def following_projection(scene: Scene, *, partition: int = 0) -> AsyncIter
     try:
         yield
     finally:
+        await until(lambda: projecting.done() or projection.committed > 1)
         assert not projecting.done()
-        assert projection.committed > 1
         await cancelled(projecting)
         await reader.close()
         await database.close()

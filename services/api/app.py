@@ -95,7 +95,7 @@ def build_app(resources: Resources) -> FastAPI:
     app.state.resources = resources
     app.router.routes.extend(
         [
-            *health_routes(resources.health.problems, resources.health.degraded),
+            *health_routes(resources.health.problems),
             _RawRoute("/v1/batches", filing.post_batch, methods=["POST"]),
             _RawRoute("/v1/batches/{batch_id}/uploads", filing.post_uploads, methods=["POST"]),
             _RawRoute("/v1/batches/{batch_id}/uploads/{filename:anything}", filing.put_upload, methods=["PUT"]),

@@ -7,7 +7,7 @@ others write too; `refusal` then says why. Where nothing is to be appended (seal
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from schemas.batch import CODE_OF, Batch, Ignored, Upload, retried_at
+from schemas.batch import CODE_OF, Batch, Ignored, Retry, Upload
 from schemas.errors import Code, RequestError
 from schemas.events import (
     BatchCancelled,
@@ -123,8 +123,7 @@ def delete(batch: Batch, *, user_id: str) -> list[LogEvent]:
 
 def retry_upload(batch: Batch, upload: Upload, *, user_id: str, request: Request | None) -> list[LogEvent]:
     """Nothing for a request that did this before; raises RequestError where there is nothing to retry."""
-    same_request(batch, request)
-    if retried_at(batch, request) is not None:
+    if known_retry(batch, request) or _queued_by(batch, upload, request):
         return []
     if batch.status == "cancelled":
         raise refusal(Ignored.BATCH_ENDED, batch)
@@ -134,16 +133,27 @@ def retry_upload(batch: Batch, upload: Upload, *, user_id: str, request: Request
 
 
 def retry_batch(batch: Batch, uploads: Collection[Upload], *, user_id: str, request: Request | None) -> list[LogEvent]:
-    """Every failed upload again; of a request that did this before, only those of which the log did not hear then."""
-    same_request(batch, request)
-    retried = retried_at(batch, request)
+    """Every failed upload again; of a request that did this before, only those of which the log did not hear then:
+    they had failed before its first fact, and still are."""
+    retry = known_retry(batch, request)
+    if retry is None and any(_queued_by(batch, upload, request) for upload in uploads):
+        return []
     if batch.status == "cancelled":
-        if retried is None:
+        if retry is None:
             raise refusal(Ignored.BATCH_ENDED, batch)
         return []
     failed = [upload for upload in uploads if upload.status == "failed"]
-    meant = [upload for upload in failed if retried is None or upload.offset < retried]
+    meant = [upload for upload in failed if retry is None or upload.offset < retry["first"]]
     return [_retried(upload, user_id=user_id, request=request) for upload in meant]
+
+
+def known_retry(batch: Batch, request: Request | None) -> Retry | None:
+    """What is known of this request, where it queued uploads again before; raises RequestError where its key did so
+    with another body."""
+    retry = batch.retries.get(request.key_hash) if request else None
+    if request and retry and retry["body_hash"] != request.body_hash:
+        raise refusal(Ignored.IDEMPOTENCY_KEY_REUSED, batch)
+    return retry
 
 
 def named_upload_id(batch_id: str, filename: str) -> str:
@@ -207,6 +217,15 @@ def refused_file(code: Code, *, limits: Limits) -> str:
 def limits_of(batch: Batch) -> Limits:
     """The limits that bind this batch for ever."""
     return Limits(files_max=batch.files_max, batch_bytes_max=batch.batch_bytes_max, file_bytes_max=batch.file_bytes_max)
+
+
+def _queued_by(batch: Batch, upload: Upload, request: Request | None) -> bool:
+    """Whether this request queued the upload last, which rows of an older Sluice know though they know no retries."""
+    if request is None or upload.key_hash != request.key_hash:
+        return False
+    if upload.body_hash != request.body_hash:
+        raise refusal(Ignored.IDEMPOTENCY_KEY_REUSED, batch)
+    return True
 
 
 def _retried(upload: Upload, *, user_id: str, request: Request | None) -> UploadRetried:

@@ -170,11 +170,6 @@ def _raw_schemas() -> dict[str, Any]:
         "properties": {
             "status": {"type": "string", "enum": ["ok", "failing"]},
             "problems": {"type": "array", "items": {"type": "string"}, "description": "why, in sentences"},
-            "degraded": {
-                "type": "array",
-                "items": {"type": "string"},
-                "description": "what does not work although this api is ready, in sentences",
-            },
         },
     }
     return {**models["$defs"], "Problem": problem, "Health": health}

@@ -11,7 +11,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import Response
 
-from schemas.batch import Batch, Ignored, Upload, retried_at
+from schemas.batch import Batch, Ignored, Upload
 from schemas.events import LogEvent
 from schemas.events import Request as Fingerprint
 from schemas.views import BatchPage, BatchStatus, BatchView, EventPage, UploadPage, UploadStatus, UploadView
@@ -236,11 +236,11 @@ async def _append(
 ) -> int:
     """The offset to answer with: of the newest effective fact of this request, whenever it came, or the batch's."""
     became = await resources.writing.append(events, partition=batch.partition, caller=by)
+    if retry := decisions.known_retry(batch, request):  # if not by these facts, by those of the same request
+        return retry["last"]
     for each in became:
         if each.ignored is not None and each.ignored not in passed_over:
             raise decisions.refusal(each.ignored, batch)
-    if (retried := retried_at(batch, request)) is not None:
-        return retried
     return max((each.offset for each in became if _effective(each)), default=batch.offset)
 
 

@@ -85,7 +85,7 @@ async def processors(patient: Patient) -> str:
             raise NotNeeded("no processor of this version was started on this database yet")
         rows = await connection.fetch(
             "SELECT partition, worker_id, state, degraded, problems FROM sluice_ops.processors "
-            "WHERE heartbeat > clock_timestamp() - interval '5 seconds' ORDER BY partition, state DESC"
+            "WHERE abs(extract(epoch FROM clock_timestamp() - heartbeat)) < 5 ORDER BY partition, state DESC"
         )
     if not rows and not patient.runs:
         raise NotNeeded("no processor works on this database now")
@@ -134,19 +134,17 @@ async def same_log(patient: Patient) -> str:
         reader = log.reader(range(found.partitions))
         ends = await reader.ends()
         await reader.close()
-        regrown = await grown_again(log, {number: lane for number, lane in lanes.items() if number in ends})
-    beyond = [number for number, lane in lanes.items() if lane.next_offset > ends.get(number, 0)]
-    if beyond:
-        raise Ailing(
-            f"the read models include more than the log holds, in partition {beyond[0]}: its end was lost",
-            "bring it back with `sluice log import`, or rebuild the read models from the log with `sluice replay`",
+        beyond = [number for number, lane in lanes.items() if lane.next_offset > ends.get(number, 0)]
+        lost = (
+            f"the read models include more than the log holds, in partition {beyond[0]}: its end was lost"
+            if beyond
+            else await grown_again(log, lanes)
         )
-    if regrown:
-        raise Ailing(
-            regrown,
-            "rebuild the read models from the log as it is with `sluice replay`, or bring it back with "
-            "`sluice log import`",
-        )
+        if lost:
+            raise Ailing(
+                lost,
+                "bring it back with `sluice log import`, or rebuild the read models from the log with `sluice replay`",
+            )
     behind = sum(max(0, end - (lanes[number].next_offset if number in lanes else 0)) for number, end in ends.items())
     return f"log {Position.of(log_id, {}).log}; the read models are {behind} records behind it"
 

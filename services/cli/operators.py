@@ -21,9 +21,9 @@ from services.cli.display import clean, console_of, print_json, size
 from services.cli.errors import EXIT_FAILURE, EXIT_INTERRUPTED, CliError, WrongUse
 from services.cli.log_tail import Filter
 from services.cli.operating import kafka_of, log_id_of, opened_database, opened_log, operator_settings
-from services.cli.rebuilding import refusals
 from services.lifecycle import StartError
 from services.opening import open_blobs
+from services.processor.rebuilding import RebuildRefused
 from services.processor.replay import mended_views
 from services.settings import Settings
 from services.sweeping import Report, Sweeper, SweepRefused
@@ -133,12 +133,14 @@ def _mended(data_dir: Path) -> list[str]:
             changed = await opened.mend(fsync=settings.fsync)
         patient = doctor.patient_in(data_dir)
         if patient.runs or "database_url" in patient.external:
-            async with opened_database(patient.settings) as database:
-                changed += await mended_views(database)
+            try:
+                async with opened_database(patient.settings) as database:
+                    changed += await mended_views(database)
+            except (CliError, RebuildRefused) as error:
+                changed.append(f"the public views were not looked at: {error}")
         done.append(changed)
 
-    with refusals("The views were not mended"):
-        asyncio.run(up.until_signal(story()))
+    asyncio.run(up.until_signal(story()))
     if not done:
         raise typer.Exit(EXIT_INTERRUPTED)
     return done[0]

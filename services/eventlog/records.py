@@ -53,6 +53,7 @@ async def _read(
         for first, end in runs:
             offset = first
             if offset < end:
+                await reader.seek(partition, end)  # refused where the log does not hold them all
                 await reader.seek(partition, offset)
             while offset < end:
                 records = await _some(reader, min(READ_RECORDS_MAX, end - offset), silence_max_s)

@@ -134,6 +134,9 @@ class Followings:
                 unfinished = await self._unfinished(user_id)
                 awake = self._tail.let_sleep(user_id, unfinished[UNFINISHED_SHOWN_MAX:])
                 await self._load({*touched, *unfinished[:UNFINISHED_SHOWN_MAX], *awake})
+                await (
+                    self._reach_read_models()
+                )  # what ended there meanwhile was not asked for, and is not told from here
             following.check()
             self._hub.watch_user(user_id, floor=dict(self._tail.position().offsets))
             following.ready.set_result(None)

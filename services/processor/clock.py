@@ -7,16 +7,18 @@ Never ahead of the log's clock, and hardly behind it, since a lane begins with a
 
 import time
 
+from schemas.batch import Lane
+
 
 class LogClock:
     """The clock of one lane; ask it more often than the answer may be behind."""
 
     def __init__(self) -> None:
-        self._newest_ms = 0
+        self._next_offset = 0
         self._seen_s = time.monotonic()
 
-    def now_ms(self, newest_ms: int) -> int:
-        """The time now, where `newest_ms` is the newest record's; milliseconds since 1970 UTC."""
-        if newest_ms != self._newest_ms:
-            self._newest_ms, self._seen_s = newest_ms, time.monotonic()
-        return newest_ms + int((time.monotonic() - self._seen_s) * 1000)
+    def now_ms(self, lane: Lane) -> int:
+        """The time now, where the lane has folded all that was read; milliseconds since 1970 UTC."""
+        if lane.next_offset != self._next_offset:  # its time alone does not tell: Kafka's clock may have been set back
+            self._next_offset, self._seen_s = lane.next_offset, time.monotonic()
+        return lane.time_ms + int((time.monotonic() - self._seen_s) * 1000)

@@ -3,7 +3,8 @@
 A Postgres advisory lock on a connection of its own, asked each second under a short `idle_session_timeout`: a holder
 that is paused or hung loses it without anybody's help. Who loses it for a moment takes it again at once. Anybody else
 first gives the last holder time to come back, unless that one gave the lane back or is known to have ended: a lane
-that changes hands costs the file in work an attempt.
+that changes hands costs the file in work an attempt. Whoever takes it ends what transactions others left open at it:
+Postgres does so by itself, but not where a client was paused between two messages of one command.
 """
 
 import asyncio
@@ -24,6 +25,11 @@ IDLE_TIMEOUT_MS = 3_000
 COMING_BACK_S = 5.0
 """How long others wait after a holder was last heard, and after they found Postgres themselves (it may have been away
 for both)."""
+
+
+def sessions_of(partition: int, worker: Worker) -> str:
+    """What a processor's sessions in Postgres are named, so that the next holder of its lane knows them."""
+    return f"sluice-lane-{partition} {worker.worker_id}"
 
 
 class LaneLock:
@@ -100,7 +106,22 @@ class LaneLock:
             self._standing_by_for = f"the lane is {holder}'s, who was heard a moment ago"
             return False
         self._standing_by_for = "another processor holds the lane"
-        return bool(await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", _LOCK_CLASS, self._partition))
+        taken = await connection.fetchval("SELECT pg_try_advisory_lock($1, $2)", _LOCK_CLASS, self._partition)
+        if taken:
+            await self._end_left_open(connection)
+        return bool(taken)
+
+    async def _end_left_open(self, connection: Connection) -> None:
+        ended = await connection.fetchval(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND usename = current_user AND application_name LIKE $1 || ' %' "
+            "AND application_name <> current_setting('application_name') "
+            "AND xact_start < clock_timestamp() - $2 * interval '1 millisecond'",
+            f"sluice-lane-{self._partition}",
+            IDLE_TIMEOUT_MS,
+        )
+        if ended:
+            _log.warning("transactions_ended", partition=self._partition, left_open=ended)
 
     async def _connected(self) -> Connection:
         if self._connection is None:

@@ -33,7 +33,7 @@ from services.processor import storage
 from services.processor.clock import LogClock
 from services.processor.health import Health
 from services.processor.lane import APPEND_TIMEOUT_S, LaneWorker, envelope
-from services.processor.lock import LaneLock
+from services.processor.lock import LaneLock, sessions_of
 from services.processor.presence import Presence, Worker
 from services.processor.projection import GenerationChangedError, Projected, Projection
 from services.processor.rows import Rows
@@ -112,7 +112,9 @@ async def _opened(settings: Settings) -> AsyncIterator[Workshop]:
         async with stopwatch("child process warm"):
             worker = await _start_worker(settings)
             await stack.enter_async_context(closing("child process ended", worker.stop, timeout_s=5))
-        stores = await stack.enter_async_context(open_stores(settings, service="processor"))
+        stores = await stack.enter_async_context(
+            open_stores(settings, service="processor", sessions=sessions_of(settings.partition, Worker.this_process()))
+        )
         yield Workshop(settings, stores, blobs, worker, scratch)
 
 
@@ -196,7 +198,8 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> Non
         recogniser = Recogniser(reader, topic=settings.log_topic, log_id=stores.log_id)
         lock.on_change = hand.wake
         health.projection, health.hand = projection, hand
-        await hand.load()
+        if await _unless_stopped(_load(hand, health), stop) is None:
+            return
         health.back("database")  # it may have been lost to the lane before this one, and nothing need be written now
         health.state = "working"
         _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)
@@ -245,6 +248,18 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
         await cancelled(*tasks)
         with contextlib.suppress(DatabaseUnavailable, GenerationChangedError):
             await lane.projection.flush()
+
+
+async def _load(hand: LaneWorker, health: Health) -> bool:
+    """Let the hand begin with what the read models hold, however long that takes."""
+    while True:
+        try:
+            await hand.load()
+        except DatabaseUnavailable as error:
+            health.lost("database", error)
+            await asyncio.sleep(RETRY_INTERVAL_S)
+        else:
+            return True
 
 
 async def _watch_log(reader: LogReader, health: Health) -> None:
@@ -399,7 +414,7 @@ async def _keep_house(lane: Lane, idle_seal_s: float) -> None:
     partition, clock = lane.projection.lane.partition, LogClock()
     while True:
         with contextlib.suppress(DatabaseUnavailable):
-            now_ms = clock.now_ms(lane.projection.lane.time_ms)
+            now_ms = clock.now_ms(lane.projection.lane)
             await lane.hand.seal_idle(now_ms - int(idle_seal_s * 1000))
         try:
             await lane.recogniser.look()

@@ -78,18 +78,26 @@ async def test_nothing_is_asked_of_the_log_where_nothing_is_wanted(log: Log, ope
     assert opened == []
 
 
-async def test_what_does_not_come_is_not_waited_for_without_end(log: Log, opened: list[LogReader]) -> None:
-    await log.writer().append(0, records("the last one"), timeout_s=10)
+async def test_what_does_not_come_is_not_waited_for_without_end(unique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = InMemory(unique)
+    monkeypatch.setattr(reading, "READ_RECORDS_MAX", 1)
+    monkeypatch.setattr(reading, "READ_TIMEOUT_MS", 1)
+    async with world.open(silence_ms_max=1) as log:
+        await log.ensure_topics(partitions=1)
+        await log.ensure_created(partitions=1, source=SOURCE)
+        await log.writer().append(0, records("a", "b"), timeout_s=10)
+        async with aclosing(records_between(log, 0, 1, 3, silence_max_s=0.3)) as groups:
+            await anext(groups)
+            world.kafka.pause()
 
-    with pytest.raises(LogUnavailable, match=r"no old records for 0\.3 s"):
-        [record async for record in records_at(log, [(0, 1), (0, 2)], silence_max_s=0.3)]
-
-    assert opened == []
+            with pytest.raises(LogUnavailable, match=r"no old records for 0\.3 s"):
+                await anext(groups)
 
 
 async def test_a_place_beyond_the_end_is_refused(log: Log, opened: list[LogReader]) -> None:
-    with pytest.raises(LogRefused, match="ends at offset 1, but 7"):
-        [record async for record in records_at(log, [(0, 7)])]
+    for beyond in (1, 7):  # 1: a reader may stand there, but there is nothing to read yet
+        with pytest.raises(LogRefused, match=f"ends at offset 1, but {beyond + 1}"):
+            [record async for record in records_at(log, [(0, beyond)])]
 
     assert opened == []
 

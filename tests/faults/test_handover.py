@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import asyncpg
 import pytest
 
 from schemas.batch import Batch, Upload
@@ -58,7 +59,7 @@ async def another_stands_by(lane: Lane) -> asyncio.subprocess.Process:
 @pytest.mark.alone
 async def test_a_standby_takes_over_after_a_stop_a_pause_and_a_kill_within_its_time(lane: Lane) -> None:
     # Given a holder in the middle of a batch, and another processor that stands by.
-    batch_id = await lane.queue_pictures(PICTURES * 40)
+    batch_id = await lane.queue_pictures(PICTURES * 100)
     first = await lane.start()
     await lane.until(batch_id, lambda batch, _uploads: batch.completed >= 1)
     second = await another_stands_by(lane)
@@ -89,11 +90,34 @@ async def test_a_standby_takes_over_after_a_stop_a_pause_and_a_kill_within_its_t
     assert times[3] - killed_at <= LOST_S_MAX
     assert left == 1
     await lane.said("claimed the lane at", "was claimed by another processor", "another processor writes this lane")
-    assert (batch.status, batch.completed, batch.total) == ("completed", 160, 160)
+    assert (batch.status, batch.completed, batch.total) == ("completed", 400, 400)
     facts = await lane.facts()
     assert sum(isinstance(fact.event, UploadAttemptFailed) for fact in facts) <= 2  # of the pause and of the kill
     assert not any(isinstance(fact.event, UploadFailed) for fact in facts)
     assert max(upload.attempts for upload in uploads.values()) <= 2
+
+
+async def test_a_transaction_that_a_paused_holder_left_open_keeps_nobody_out(lane: Lane, database_url: str) -> None:
+    # Given the session of a holder that was paused between two messages of a command: no timeout of Postgres' ends it.
+    first = await lane.start()
+    await _claimed(lane, 1)
+    first.send_signal(signal.SIGTERM)
+    assert await first.wait() == 0
+    zombie = await asyncpg.connect(database_url, server_settings={"application_name": "sluice-lane-0 zombie"})
+    await zombie.execute("BEGIN; SELECT FROM gen_1.positions FOR UPDATE")
+    busy = asyncio.create_task(zombie.execute("SELECT pg_sleep(600)"))
+    async with asyncio.timeout(WAIT_S), lane.database.connection() as connection:
+        age = "SELECT clock_timestamp() - xact_start > interval '3 seconds' FROM pg_stat_activity WHERE pid = $1"
+        while not await connection.fetchval(age, zombie.get_server_pid()):  # noqa: ASYNC110  # nobody is told of it
+            await asyncio.sleep(0.05)
+
+    # When another processor takes the lane, then it ends that session and goes on.
+    second = await lane.start()
+    await _claimed(lane, 2)
+    with pytest.raises((asyncpg.PostgresConnectionError, asyncpg.AdminShutdownError)):
+        await busy
+    await lane.said("transactions_ended")
+    assert second.returncode is None
 
 
 async def _claimed(lane: Lane, times: int) -> None:

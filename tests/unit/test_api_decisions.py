@@ -180,6 +180,27 @@ def test_a_repeated_request_retries_what_the_log_did_not_hear_of_it_the_first_ti
     assert [event.upload_id for event in events if isinstance(event, UploadRetried)] == [OTHER_UPLOAD]
 
 
+def test_a_repeated_request_retries_nothing_that_failed_after_it() -> None:
+    # The second file failed when the request was under way and is retried by its repetition, the first failed again.
+    story = [a_batch_created(), an_upload_queued(), an_upload_queued(OTHER_UPLOAD)]
+    story += [an_upload_started(), an_upload_failed(), an_upload_started(OTHER_UPLOAD), an_upload_failed(OTHER_UPLOAD)]
+    story += [an_upload_retried(request=a_request()), an_upload_started(attempt=2), an_upload_failed(attempt=2)]
+    state = fold(log_of(*OPENING, *story, an_upload_retried(OTHER_UPLOAD, request=a_request())))
+
+    assert decisions.retry_batch(state.batches[BATCH], state.uploads.values(), user_id=USER, request=a_request()) == []
+
+
+def test_a_repeated_request_is_known_in_rows_of_an_older_sluice_too() -> None:
+    batch, upload = a_batch_with_a_failure(retried_by=a_request())
+    batch.retries = {}
+
+    assert decisions.retry_upload(batch, upload, user_id=USER, request=a_request()) == []
+    assert decisions.retry_batch(batch, [upload], user_id=USER, request=a_request()) == []
+    with pytest.raises(RequestError) as refused:
+        decisions.retry_upload(batch, upload, user_id=USER, request=a_request(body="other"))
+    assert code_of(refused) is Code.IDEMPOTENCY_KEY_REUSED
+
+
 def test_a_repeated_retry_of_a_batch_that_was_cancelled_since_is_granted() -> None:
     batch, upload = a_batch_with_a_failure(retried_by=a_request())
     batch.status = "cancelled"

@@ -50,7 +50,7 @@ def app() -> FastAPI:
     """The app without anything behind it: enough for what is answered before a token was seen."""
     settings = Settings(jwt_secret="a secret for tests that is long enough")
     limits = SimpleNamespace(files_max=1, batch_bytes_max=1, file_bytes_max=1)
-    health = SimpleNamespace(problems=list, degraded=list)
+    health = SimpleNamespace(problems=list)
     return build_app(cast("Resources", SimpleNamespace(settings=settings, limits=limits, health=health)))
 
 

@@ -7,7 +7,7 @@ import copy
 
 import pytest
 
-from schemas.batch import Batch, Changed, Lane, Upload, cancel_swept, completion, evolve, retried_at, step
+from schemas.batch import Batch, Changed, Lane, Upload, cancel_swept, completion, evolve, step
 from schemas.events import LogEvent
 from tests.examples import (
     BATCH,
@@ -280,19 +280,27 @@ def test_attempts_count_on_over_queueings() -> None:
     assert (upload.attempts, upload.attempts_of_queueing, upload.queueing) == (4, 1, 3)
 
 
-def test_one_request_may_queue_several_failed_uploads_again_and_the_batch_keeps_where_it_last_did() -> None:
+def test_one_request_may_queue_several_failed_uploads_again_and_the_batch_keeps_where() -> None:
     request = a_request()
     failed = [*WORKED, an_upload_queued(OTHER_UPLOAD), an_upload_failed()]
     failed += [an_upload_started(OTHER_UPLOAD), an_upload_failed(OTHER_UPLOAD)]
 
     state = after(*failed, an_upload_retried(request=request), an_upload_retried(OTHER_UPLOAD, request=request))
 
-    batch = state.batches[BATCH]
-    assert (state.ignored, counts(batch)) == ([], {"queued": 2})
-    assert batch.requests == {request.key_hash: request.body_hash}
-    assert batch.retries == {request.key_hash: batch.offset}
-    assert retried_at(batch, request) == state.uploads[OTHER_UPLOAD].offset
-    assert (retried_at(batch, a_request("another")), retried_at(batch, None)) == (None, None)
+    batch, first, last = state.batches[BATCH], state.uploads[UPLOAD].offset, state.uploads[OTHER_UPLOAD].offset
+    assert (state.ignored, counts(batch), last) == ([], {"queued": 2}, first + 1)
+    assert batch.retries == {request.key_hash: {"body_hash": request.body_hash, "first": first, "last": last}}
+
+
+def test_what_the_batch_keeps_of_retries_changes_the_meaning_of_no_fact() -> None:
+    # An older Sluice retried twice under one key where another retry came between: both counted, and still do.
+    story = [*WORKED, an_upload_failed(), an_upload_retried(request=a_request("one"))]
+    story += [an_upload_started(attempt=2), an_upload_failed(attempt=2), an_upload_retried(queueing=3)]
+    story += [an_upload_started(attempt=3), an_upload_failed(attempt=3)]
+
+    state = after(*story, an_upload_retried(queueing=4, request=a_request("one")))
+
+    assert (state.ignored, state.uploads[UPLOAD].status) == ([], "queued")
 
 
 def test_cancelling_ends_what_has_not_ended_and_keeps_the_rest() -> None:

@@ -135,15 +135,6 @@ CASES = [
     Case(
         Ignored.REPETITION,
         [
-            *(*FAILED, an_upload_retried(request=a_request())),
-            *(an_upload_started(attempt=2), an_upload_failed(attempt=2), an_upload_retried(queueing=3)),
-            *(an_upload_started(attempt=3), an_upload_failed(attempt=3)),
-        ],
-        an_upload_retried(queueing=4, request=a_request()),
-    ),
-    Case(
-        Ignored.REPETITION,
-        [
             *FAILED,
             an_upload_retried(request=a_request()),
             an_upload_started(attempt=2),
