@@ -248,6 +248,6 @@ PLANTED: dict[str, Planted] = {
     "no fence before the commit": Planted("claimed_and_paused", no_fence_before_the_commit, quiet=True),
     "switched too early": Planted("rebuilt", switched_too_early),
     "lost for the next lane too": Planted("rebuilt", lost_for_the_next_lane_too, quiet=True),
-    "rows of another folded onto": Planted("zombie", rows_of_another_folded_onto, seeds=80),
+    "rows of another folded onto": Planted("zombie", rows_of_another_folded_onto, seeds=700),
     "rows read as gone": Planted("bad_file_and_retry", rows_read_as_gone),
 }
