@@ -6,8 +6,6 @@ lost something. Some facts are defects that are worked around: where such a test
 
 import asyncio
 import contextlib
-import os
-import signal
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -35,6 +33,7 @@ from services.eventlog.client import end_consumer, end_producer, track_requests
 from services.eventlog.protocol import GROUP_BYTES_MAX, MESSAGE_BYTES_MAX
 from services.eventlog.topics import FACT_SETTINGS, PROGRESS_SETTINGS
 from tests.contract.test_eventlog import until_only
+from tests.pausing import paused
 
 WAIT_S = 60.0
 ENDED_S_MAX = 20.0
@@ -418,22 +417,13 @@ async def fragile(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Emb
         yield server
 
 
-@contextlib.contextmanager
-def paused(server: EmbeddedKafka) -> Any:
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
-
-
 async def test_an_idempotent_batch_never_expires_and_stop_waits_for_it(fragile: EmbeddedKafka, unique: str) -> None:
     """Why a producer is ended by `end_producer`, and why a caller's timeout means that the outcome is unknown."""
     await make_topic(fragile.bootstrap_servers, unique)
     producer = a_producer(fragile.bootstrap_servers, request_timeout_ms=300)
     async with producer:
         await append(producer, unique, b"a")
-        with paused(fragile):
+        with paused(fragile.pid):
             answer = await producer.send_batch(a_batch(producer, b"b"), unique, partition=0)
             stopping = asyncio.create_task(producer.stop())
             done, _ = await asyncio.wait({answer, stopping}, timeout=2)
@@ -452,7 +442,7 @@ async def test_a_producer_ended_while_the_broker_is_paused_leaves_no_task(fragil
     await producer.start()
     await append(producer, unique, b"a")
 
-    with paused(fragile):
+    with paused(fragile.pid):
         sent = await producer.send_batch(a_batch(producer, b"b"), unique, partition=0)
         await asyncio.wait({sent}, timeout=1.2)  # beyond its request's timeout: it waits for its next try
         took_s = await seconds(end_producer(producer, grace_s=0.1))
@@ -471,7 +461,7 @@ async def test_a_consumer_ended_while_the_broker_is_paused_leaves_no_task(fragil
     await consumer.start()
     await consumer.getmany(timeout_ms=100)
 
-    with paused(fragile):
+    with paused(fragile.pid):
         assert await consumer.getmany(timeout_ms=1_200) == {}, "no error tells that the broker is away"
         took_s = await seconds(end_consumer(consumer, consumer.stop()))
 

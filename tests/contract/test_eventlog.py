@@ -30,6 +30,7 @@ from services.eventlog import (
     RecordTooLarge,
 )
 from services.eventlog.topics import FACT_SETTINGS, release
+from tests.pausing import paused
 from tests.worlds import (
     LOG_ID,
     NOWHERE,
@@ -618,15 +619,6 @@ async def fragile(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Emb
         yield server
 
 
-@contextlib.contextmanager
-def paused(server: EmbeddedKafka) -> Any:
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
-
-
 async def patiently(attempt: Callable[[], Awaitable[T]]) -> T:
     """What it comes to as soon as the broker, which may be slow on a busy machine, answers within its bound."""
     async with asyncio.timeout(60):
@@ -660,7 +652,7 @@ async def test_while_the_broker_is_paused_nothing_waits_beyond_its_bound_and_aft
             before = texts(await patiently(lambda: reader.read(records_max=10, timeout_ms=5_000)))
         assert before == ["a"]
 
-        with paused(fragile):
+        with paused(fragile.pid):
             sent = await error_of(writer.append(0, records("b"), timeout_s=0.5))
             queued = await error_of(writer.append(0, records("never"), timeout_s=0.5))
             ends = await error_of(reader.ends())
@@ -687,7 +679,7 @@ async def test_a_batch_without_an_answer_is_given_up_with_its_producer(fragile: 
         await patiently(lambda: writer.append(0, records("a"), timeout_s=10))
         first = await writer._producers.ready()
 
-        with paused(fragile):
+        with paused(fragile.pid):
             stuck = await error_of(writer.append(0, records("b"), timeout_s=20))
 
         assert LogOutcomeUnknown is stuck[0]
@@ -710,7 +702,7 @@ async def test_closing_is_bounded_while_the_broker_is_paused_and_leaves_nothing_
         await progress.read(records_max=10, timeout_ms=100)
         log.publish_progress(0, a_record("1 %"))
 
-        with paused(fragile):
+        with paused(fragile.pid):
             log.publish_progress(0, a_record("2 %"))
             sent = asyncio.create_task(error_of(writer.append(0, records("b"), timeout_s=60)))
             queued = asyncio.create_task(error_of(writer.append(0, [a_record(size_bytes=5_000_000)], timeout_s=60)))

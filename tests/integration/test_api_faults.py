@@ -2,9 +2,7 @@
 
 import asyncio
 import contextlib
-import os
 import re
-import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -25,20 +23,12 @@ from tests.integration.api_client import (
     processor_beside,
     running_api,
 )
+from tests.pausing import paused
 
 DATABASE_AWAY = re.compile("Postgres has not answered|the database cannot be reached")
 LOG_LIMITS = {"tail_lag_max_s": 2, "read_back_timeout_s": 10}
 """The defaults: a log that is away is noticed after so long. What is sent before it goes away is sent until it is
 taken, since a machine that stands still looks the same."""
-
-
-@contextlib.contextmanager
-def paused(pid: int) -> "contextlib.AbstractContextManager[None]":
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 def assert_nothing_of_our_insides(*answers: httpx.Response, of: str) -> None:
