@@ -56,6 +56,10 @@ _TOMBSTONE_COLUMNS = (
     "created_ms, created_offset, deleted_ms, deleted_offset"
 )
 
+SILENT_S = "abs(extract(epoch FROM clock_timestamp() - heartbeat))::float8"
+"""How long ago a processor was heard, in a query of `sluice_ops.processors`; or how long ahead, where Postgres' clock
+was set back since: either way it is not to count as heard for long."""
+
 
 class DatabaseUnavailable(PartError):  # noqa: N818  # named for what it says
     """Postgres cannot be reached or is shutting down; asking again later can help."""

@@ -23,7 +23,7 @@ _GENERATION_TABLE = re.compile(r"^CREATE TABLE \{generation\}\.(\w+)", re.MULTIL
 _ADDITION = re.compile(r"^ALTER TABLE \{generation\}\.(\w+) ADD COLUMN (\w+) .*;$", re.MULTILINE)
 _LOCK_TIMEOUT_MS = 500
 """So long one who alters a table may wait for those who read it: all others wait behind it."""
-_VIEW = re.compile(r"^CREATE OR REPLACE VIEW (public\.\w+)", re.MULTILINE)
+_VIEW = re.compile(r"^CREATE OR REPLACE VIEW public\.(\w+) .*?FROM \{generation\}\.(\w+);", re.MULTILINE | re.DOTALL)
 
 
 async def apply_migrations(connection: Any) -> None:
@@ -90,22 +90,26 @@ async def ensure_generation(connection: Any) -> None:
         await connection.execute(script("generation.sql").replace("{generation}", generation))
         _log.info("read_models_created", generation=generation)
     await _add_columns(connection, generation)
-    views = script("views.sql")
-    if missing or await _missing(connection, _VIEW.findall(views)):
+    if missing or await _missing(connection, [f"public.{name}" for name in views()]):
         await connection.execute("CREATE SCHEMA IF NOT EXISTS public")
-        await connection.execute(views.replace("{generation}", generation))
+        await connection.execute(script("views.sql").replace("{generation}", generation))
 
 
 async def missing_tables(connection: Any) -> list[str]:
     """Which tables of the live generation, and views on them, are not there; nothing is changed."""
     number = await connection.fetchval("SELECT number FROM sluice_ops.live_generation")
-    wanted = [f"gen_{number}.{table}" for table in tables()] + _VIEW.findall(script("views.sql"))
+    wanted = [f"gen_{number}.{table}" for table in tables()] + [f"public.{name}" for name in views()]
     return await _missing(connection, wanted)
 
 
 def tables() -> list[str]:
     """The names of a generation's tables."""
     return _GENERATION_TABLE.findall(script("generation.sql"))
+
+
+def views() -> dict[str, str]:
+    """The names of the views in schema public, and which of a generation's tables each shows."""
+    return dict(_VIEW.findall(script("views.sql")))
 
 
 def script(name: str) -> str:

@@ -163,6 +163,8 @@ def named_upload_id(batch_id: str, filename: str) -> str:
 
 def addable(batch: Batch) -> None:
     """Raises RequestError where the batch takes no files at all."""
+    if batch.deleted:
+        raise refusal(Ignored.DELETED, batch)
     if batch.ended:
         raise refusal(Ignored.BATCH_ENDED, batch)
     if batch.sealed:

@@ -56,8 +56,6 @@ class Delivery:
         """The new files of a batch that still takes any; those of one that does not are turned away, without a fact."""
         files = self.new_files(uploads)
         try:
-            if batch.deleted:
-                raise decisions.not_found("batch")  # it turns files away as every reason does
             decisions.addable(batch)
         except RequestError as error:
             self.turned_away = {file.upload_id: error for file in files}

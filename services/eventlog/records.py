@@ -27,7 +27,7 @@ async def records_at(
     for partition, there in groupby(sorted(places), key=itemgetter(0)):
         offsets = [offset for _, offset in there]
         wanted = set(offsets)
-        async with aclosing(_read(log, partition, ranges(offsets), silence_max_s)) as groups:
+        async with aclosing(_read(log, partition, list(ranges(offsets)), silence_max_s)) as groups:
             async for records in groups:
                 for record in records:
                     if record.offset in wanted:
@@ -42,19 +42,18 @@ def records_between(
     Where Kafka goes away in their midst they go on when it is back. Raises LogUnavailable where none comes for
     `silence_max_s`, or where Kafka is away when the first is asked for; LogRefused where the log does not hold them.
     """
-    return _read(log, partition, [(first, end)], silence_max_s)
+    return _read(log, partition, [(first, end)] if first < end else [], silence_max_s)
 
 
 async def _read(
-    log: Log, partition: int, runs: Iterable[tuple[int, int]], silence_max_s: float
+    log: Log, partition: int, runs: Sequence[tuple[int, int]], silence_max_s: float
 ) -> AsyncGenerator[list[StoredRecord]]:
     reader = log.reader([partition])
     try:
+        if runs:
+            await reader.seek(partition, runs[-1][1])  # refused where the log does not hold them all
         for first, end in runs:
-            offset = first
-            if offset < end:
-                await reader.seek(partition, end)  # refused where the log does not hold them all
-                await reader.seek(partition, offset)
+            await reader.seek(partition, offset := first)
             while offset < end:
                 records = await _some(reader, min(READ_RECORDS_MAX, end - offset), silence_max_s)
                 offset += len(records)

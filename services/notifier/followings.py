@@ -134,9 +134,8 @@ class Followings:
                 unfinished = await self._unfinished(user_id)
                 awake = self._tail.let_sleep(user_id, unfinished[UNFINISHED_SHOWN_MAX:])
                 await self._load({*touched, *unfinished[:UNFINISHED_SHOWN_MAX], *awake})
-                await (
-                    self._reach_read_models()
-                )  # what ended there meanwhile was not asked for, and is not told from here
+                # What had ended there was not asked for: its end must not come from here, but from the past.
+                await self._reach_read_models()
             following.check()
             self._hub.watch_user(user_id, floor=dict(self._tail.position().offsets))
             following.ready.set_result(None)

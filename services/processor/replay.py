@@ -9,7 +9,6 @@ live generation is as it was; a schema that a crash left behind is taken away by
 
 import asyncio
 import contextlib
-import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import asyncpg
 
 from services.database import PROJECTED_CHANNEL, Database, DatabaseUnavailable, reaching, schema_of
 from services.eventlog import LogUnavailable
-from services.migrating import script
+from services.migrating import script, views
 from services.processor.lock import IDLE_TIMEOUT_MS
 from services.processor.rebuilding import (
     VERIFICATION_SCHEMA,
@@ -42,7 +41,6 @@ DROP_WAIT_MS = 500
 DROP_TIMEOUT_S = 60.0
 NEARLY_RECORDS = 2_000
 """So few records behind the log's end, the rest is folded while the live positions are held."""
-_VIEW = re.compile(r"CREATE OR REPLACE VIEW public\.(\w+) .*?FROM \{generation\}\.(\w+);", re.DOTALL)
 NOT_NOW: tuple[type[Exception], ...] = (
     asyncpg.LockNotAvailableError,
     asyncpg.DeadlockDetectedError,
@@ -228,7 +226,7 @@ async def hold_positions(
 
 async def astray_views(connection: Any, generation: str) -> dict[str, str | None]:
     """The public views that do not show this generation, and what each shows instead; None where there is no such."""
-    shown = dict(_VIEW.findall(script("views.sql")))
+    shown = views()
     rows = await connection.fetch(
         "SELECT name, to_regclass('public.' || name) IS NULL AS missing, (SELECT "
         "string_agg(DISTINCT table_of.relnamespace::regnamespace::text || '.' || table_of.relname, ', ') "

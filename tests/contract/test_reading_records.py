@@ -4,7 +4,7 @@
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
@@ -14,6 +14,7 @@ from schemas.records import StoredRecord
 from services.eventlog import Log, LogReader, LogRefused, LogUnavailable, records_at, records_between
 from services.eventlog import records as reading
 from services.eventlog.records import GAP_RECORDS_MAX, ranges
+from tests.fakes import FakeKafka
 from tests.worlds import SOURCE, InMemory, records, texts
 
 MANY = GAP_RECORDS_MAX + 100
@@ -78,7 +79,9 @@ async def test_nothing_is_asked_of_the_log_where_nothing_is_wanted(log: Log, ope
     assert opened == []
 
 
-async def test_what_does_not_come_is_not_waited_for_without_end(unique: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+async def pausable(unique: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[FakeKafka, Log]]:
+    """A log of two records, which are read one by one, and the broker in memory that has it."""
     world = InMemory(unique)
     monkeypatch.setattr(reading, "READ_RECORDS_MAX", 1)
     monkeypatch.setattr(reading, "READ_TIMEOUT_MS", 1)
@@ -86,12 +89,17 @@ async def test_what_does_not_come_is_not_waited_for_without_end(unique: str, mon
         await log.ensure_topics(partitions=1)
         await log.ensure_created(partitions=1, source=SOURCE)
         await log.writer().append(0, records("a", "b"), timeout_s=10)
-        async with aclosing(records_between(log, 0, 1, 3, silence_max_s=0.3)) as groups:
-            await anext(groups)
-            world.kafka.pause()
+        yield world.kafka, log
 
-            with pytest.raises(LogUnavailable, match=r"no old records for 0\.3 s"):
-                await anext(groups)
+
+async def test_what_does_not_come_is_not_waited_for_without_end(pausable: tuple[FakeKafka, Log]) -> None:
+    kafka, log = pausable
+    async with aclosing(records_between(log, 0, 1, 3, silence_max_s=0.3)) as groups:
+        await anext(groups)
+        kafka.pause()
+
+        with pytest.raises(LogUnavailable, match=r"no old records for 0\.3 s"):
+            await anext(groups)
 
 
 async def test_a_place_beyond_the_end_is_refused(log: Log, opened: list[LogReader]) -> None:
@@ -116,23 +124,17 @@ async def test_who_stops_early_leaves_no_reader_behind(
     assert opened == []
 
 
-async def test_reading_goes_on_when_the_log_is_back(unique: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    world = InMemory(unique)
-    monkeypatch.setattr(reading, "READ_RECORDS_MAX", 1)
-    monkeypatch.setattr(reading, "READ_TIMEOUT_MS", 1)
-    async with world.open(silence_ms_max=1) as log:
-        await log.ensure_topics(partitions=1)
-        await log.ensure_created(partitions=1, source=SOURCE)
-        await log.writer().append(0, records("a", "b"), timeout_s=10)
-        async with aclosing(records_between(log, 0, 1, 3)) as groups:
-            given = [await anext(groups)]
+async def test_reading_goes_on_when_the_log_is_back(pausable: tuple[FakeKafka, Log]) -> None:
+    kafka, log = pausable
+    async with aclosing(records_between(log, 0, 1, 3)) as groups:
+        given = [await anext(groups)]
 
-            world.kafka.pause()
-            rest = asyncio.create_task(anext(groups))
-            with pytest.raises(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(rest), 0.05)
-            world.kafka.resume()
-            given.append(await rest)
+        kafka.pause()
+        rest = asyncio.create_task(anext(groups))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(rest), 0.05)
+        kafka.resume()
+        given.append(await rest)
 
     assert [texts(each) for each in given] == [["a"], ["b"]]
 

@@ -169,6 +169,16 @@ async def silence(presence: Presence) -> None:
     await cancelled(writing)
 
 
+@contextlib.asynccontextmanager
+async def gone(database: Database, *, heard: str = "heartbeat") -> AsyncIterator[None]:
+    """A worker elsewhere that was killed. `heard`: when it last was, in SQL."""
+    async with telling(database, a_worker("gone")) as presence:
+        await silence(presence)
+        async with database.connection() as connection:
+            await connection.execute(f"UPDATE sluice_ops.processors SET heartbeat = {heard}")
+        yield
+
+
 async def test_a_holder_whose_connection_was_cut_has_the_lane_back_before_a_standby_may(
     database: Database,
 ) -> None:
@@ -204,11 +214,8 @@ async def test_a_free_lane_is_left_alone_while_its_holder_was_heard_a_moment_ago
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "COMING_BACK_S", 1.5)
-    async with telling(database, a_worker("gone")) as presence:
-        await silence(presence)
-
-        async with LaneLock.open(database, a_worker("next"), partition=0) as lock:
-            waited_s = await taking(lock)
+    async with gone(database), LaneLock.open(database, a_worker("next"), partition=0) as lock:
+        waited_s = await taking(lock)
 
     assert 1.0 < waited_s < 10
 
@@ -217,11 +224,7 @@ async def test_who_finds_postgres_at_the_same_time_as_the_last_holder_lets_that_
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "COMING_BACK_S", 1.5)
-    async with telling(database, a_worker("gone")) as presence:
-        await silence(presence)
-        async with database.connection() as connection:
-            await connection.execute("UPDATE sluice_ops.processors SET heartbeat = now() - interval '1 minute'")
-
+    async with gone(database, heard="now() - interval '1 minute'"):
         async with LaneLock.open(database, a_worker("next"), partition=0) as lock:
             waited_s = await taking(lock)
         async with database.connection() as connection:
@@ -239,13 +242,11 @@ async def test_a_holder_that_seems_to_be_heard_in_an_hour_is_waited_for_no_longe
 ) -> None:
     """Postgres' clock was set back since."""
     monkeypatch.setattr(lock_module, "COMING_BACK_S", 0.5)
-    async with telling(database, a_worker("gone")) as presence:
-        await silence(presence)
-        async with database.connection() as connection:
-            await connection.execute("UPDATE sluice_ops.processors SET heartbeat = now() + interval '1 hour'")
-
-        async with LaneLock.open(database, a_worker("next"), partition=0) as lock:
-            assert await taking(lock) < 10
+    async with (
+        gone(database, heard="now() + interval '1 hour'"),
+        LaneLock.open(database, a_worker("next"), partition=0) as lock,
+    ):
+        assert await taking(lock) < 10
 
 
 async def test_a_lane_that_was_given_back_or_whose_holder_surely_ended_is_taken_at_once(

@@ -1,8 +1,6 @@
 """Postgres or Kafka goes away while a lane is at work: it pauses, says so, and goes on by itself; nothing is lost."""
 
 import contextlib
-import os
-import signal
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +9,7 @@ from schemas.batch import Batch, Upload
 from schemas.events import BatchSealed, UploadAttemptFailed, UploadStarted, UploadSucceeded
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
 from tests.lanes import Lane, a_lane
+from tests.pausing import paused
 
 PICTURES = ["cat.png", "coffee.webp", "rocket.jpg", "stream.jpg"]
 
@@ -70,9 +69,8 @@ async def test_kafka_is_paused_in_mid_batch(database_url: str, data_dir: Path, t
         process = await lane.start()
         await lane.until(batch_id, lambda batch, _uploads: batch.completed >= 3)
 
-        os.kill(kafka.pid, signal.SIGSTOP)
-        await lane.said("part_lost")
-        os.kill(kafka.pid, signal.SIGCONT)
+        with paused(kafka.pid):
+            await lane.said("part_lost")
 
         await assert_worked_once(lane, batch_id, files=60)
         assert process.returncode is None

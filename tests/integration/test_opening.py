@@ -4,7 +4,6 @@ gone on with where that is right; at the start, and under services that run. All
 
 import asyncio
 import contextlib
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from services.settings import Settings
 from services.tailing import open_tail
 from tests.integration.api_client import Person, a_picture, api_settings, code_of, ended, running_api
 from tests.lanes import WAIT_S, Lane, a_lane
+from tests.pausing import paused
 
 TABLES = ("positions", "users", "user_starts", "upload_batches", "uploads", "deleted_batches", "batch_events")
 EVERY_TABLE = ", ".join(f"gen_1.{name}" for name in TABLES)
@@ -372,12 +372,9 @@ async def test_read_models_that_are_lost_under_running_services_come_back_by_the
 
         # When all that Postgres holds is lost, in one way after the other.
         for what, statements in LOST.items():
-            process.send_signal(
-                signal.SIGSTOP
-            )  # it may bring them back before anybody else has seen that they are gone
-            await sql(database_url, *statements)
-            await problems_of(api.url, one_says("read models"))
-            process.send_signal(signal.SIGCONT)
+            with paused(process.pid):  # else it may bring them back before anybody else has seen that they are gone
+                await sql(database_url, *statements)
+                await problems_of(api.url, one_says("read models"))
 
             # Then it is said, and everything is there again, as it was.
             await problems_of(api.url, nothing)

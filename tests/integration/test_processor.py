@@ -22,6 +22,7 @@ from schemas.events import (
 )
 from tests.e2e.slow import slow_pictures
 from tests.lanes import WAIT_S, Lane, a_lane
+from tests.pausing import paused
 
 GOOD = ["cat.png", "coffee.webp", "dandelions-pan.gif", "dandelions.heic", "rocket.jpg", "stream.jpg"]
 CORRUPT = "broken-download.jpg"
@@ -225,9 +226,8 @@ async def test_a_paused_holder_loses_the_lock_and_goes_on_when_it_has_it_back(la
     process = await lane.start()
     await lane.until(batch_id, lambda batch, _uploads: batch.completed >= 3)
 
-    process.send_signal(signal.SIGSTOP)
-    await lane.lock_is_free()
-    process.send_signal(signal.SIGCONT)
+    with paused(process.pid):
+        await lane.lock_is_free()
 
     assert (await lane.until(batch_id, ended)).completed == 48
     await lane.said("lane_lock_back")
