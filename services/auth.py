@@ -29,7 +29,8 @@ _USER_ID: TypeAdapter[str] = TypeAdapter(UserId)
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """The user a token speaks for. `expires_at_s`: seconds since 1970 UTC; None for a token that never expires."""
+    """The user a token speaks for. `expires_at_s`: until when it is taken, the leeway included, in seconds since 1970
+    UTC; None for a token that never expires."""
 
     user_id: str
     scopes: frozenset[str]
@@ -69,7 +70,7 @@ class Authenticator:
         else:
             algorithm, key = await self._key_of(token, self._keys)
             claims = _claims(token, key, algorithm, self._settings)
-        principal = _principal(claims)
+        principal = _principal(claims, leeway_s=self._settings.jwt_leeway_s)
         if scope is not None:
             principal.check(scope)
         return principal
@@ -159,14 +160,15 @@ def _no_jwt(algorithms: str) -> RequestError:
     return RequestError(Code.UNAUTHORIZED, f"the token is no JWT signed with {algorithms}")
 
 
-def _principal(claims: dict[str, Any]) -> Principal:
+def _principal(claims: dict[str, Any], *, leeway_s: float) -> Principal:
     try:
         user_id = _USER_ID.validate_python(claims.get("sub"), strict=True)
     except ValidationError:
         raise RequestError(
             Code.UNAUTHORIZED, "the token's `sub`, which is the user, must be text of 1 to 255 characters without NUL"
         ) from None
-    return Principal(user_id, _scopes(claims), _end(claims.get("exp")))
+    end_s = _end(claims.get("exp"))
+    return Principal(user_id, _scopes(claims), None if end_s is None else end_s + leeway_s)
 
 
 def _end(exp: Any) -> float | None:

@@ -5,7 +5,7 @@ means stands in `schemas.batch`; here is only what becomes of a whole batch by i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from schemas.batch import Batch, Changed, Ignored, Lane, Upload, cancel_swept, evolve
 from schemas.events import Fact
@@ -61,13 +61,21 @@ class Held:
         self, batch: Batch | None, uploads: dict[str, Upload], *, folded_to: int, kept: Sequence[Kept], log_id: str
     ) -> None:
         """Become what these rows are, and the kept facts after them that were folded here before: others were put in
-        the place of the rows this state came from. Who uses it keeps it, and nobody is told of those facts again."""
+        the place of the rows this state came from. In place: who uses the batch and its uploads, for as long as a file
+        comes in, sees what becomes of them. Nobody is told of those facts again."""
         fresh = Held(self.id, batch, uploads, folded_to)
         for each in kept:
             if folded_to <= each.fact.offset < self.folded_to:
                 outcome = fresh.fold(each.fact, log_id=log_id, epoch=each.epoch, time_ms=each.time_ms)
                 each.ignored = outcome if isinstance(outcome, Ignored) else None
-        self.batch, self.uploads, self.folded_to = fresh.batch, fresh.uploads, max(self.folded_to, fresh.folded_to)
+        self.folded_to = max(self.folded_to, fresh.folded_to)
+        if self.batch is None or fresh.batch is None:
+            self.batch = fresh.batch
+        else:
+            for each_field in fields(Batch):
+                setattr(self.batch, each_field.name, getattr(fresh.batch, each_field.name))
+        self.uploads.clear()
+        self.uploads.update(fresh.uploads)
 
     def _apply(self, changed: Changed, *, at_ms: int, offset: int) -> None:
         self.batch = changed.batch

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from fastapi import Request
 from starlette.responses import Response, StreamingResponse
 
+from schemas.batch import Upload
 from schemas.errors import Code, RequestError
 from services.api.asking import caller_of
 from services.api.ranges import Span, names, unchanged, wanted
@@ -29,8 +30,7 @@ _SAFE_HEADERS = {
 
 async def get_content(request: Request) -> Response:
     """`GET /v1/uploads/{upload_id}/content`: the bytes as they came."""
-    resources, caller = resources_of(request), await caller_of(request)
-    upload = await resources.reading.upload(request.path_params["upload_id"], user_id=caller.user_id)
+    resources, upload = resources_of(request), await _upload(request)
     headers = {
         "ETag": f'"{upload.sha256}"',
         "Content-Type": upload.content_type,
@@ -41,8 +41,7 @@ async def get_content(request: Request) -> Response:
 
 async def get_thumbnail(request: Request) -> Response:
     """`GET /v1/uploads/{upload_id}/thumbnail`: a JPEG, once the upload is completed."""
-    resources, caller = resources_of(request), await caller_of(request)
-    upload = await resources.reading.upload(request.path_params["upload_id"], user_id=caller.user_id)
+    resources, upload = resources_of(request), await _upload(request)
     if upload.status != "completed" or not (upload.result or {}).get("thumbnail"):
         raise RequestError(Code.NOT_FOUND, f"the upload is {upload.status} and has no thumbnail")
     name = await resources.blobs.thumbnail(upload.id, attempt=upload.attempts)
@@ -52,6 +51,13 @@ async def get_thumbnail(request: Request) -> Response:
         "Content-Disposition": "inline",
     }
     return await _bytes(request, resources.blobs, name, headers)
+
+
+async def _upload(request: Request) -> Upload:
+    """The upload that is asked for; raises RequestError, also where the read models do not reach `min_position`."""
+    caller, reading = await caller_of(request), resources_of(request).reading
+    await reading.wait_for(request.query_params.get("min_position"))
+    return await reading.upload(request.path_params["upload_id"], user_id=caller.user_id)
 
 
 async def _bytes(request: Request, blobs: BlobStore, name: str, headers: dict[str, str]) -> Response:

@@ -82,7 +82,8 @@ class Delivery:
         Raises RequestError where the log took none of them and the reason is not theirs but the batch's.
         """
         accepted = [uploads[part.upload_id] for part in self.parts if part.upload_id in uploads]
-        await self._drop(used=frozenset(upload.blob for upload in accepted))
+        queued = [each.event.blob for each in self.became if isinstance(each.event, UploadQueued) and each.effective]
+        await self._drop(used=frozenset(upload.blob for upload in accepted).union(queued))
         FILES_RECEIVED.labels("accepted").inc(len(accepted))
         FILES_RECEIVED.labels("refused").inc(len(self.parts) - len(accepted))
         by_batch = self.turned_away | {

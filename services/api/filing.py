@@ -89,14 +89,15 @@ async def _post_open_batch(request: Request, caller: Caller, key: RequestKey | N
 async def _post_filled_batch(request: Request, caller: Caller, key: RequestKey | None) -> Response:
     resources = resources_of(request)
     batch_id = await resources.writing.new_batch_id(key)
-    async with resources.tail.hold(batch_id) as known, Intake(resources.blobs, _room(resources.limits)) as intake:
-        uploads = known.uploads if known else {}
-        form = await _read_form(
-            request, intake, batch_id, key, uploads, limits=resources.limits, fields=frozenset({"name"})
-        )
+    async with contextlib.AsyncExitStack() as stack:
+        known = await stack.enter_async_context(resources.tail.hold(batch_id))
+        batch, uploads = (known.batch, known.uploads) if known else (None, {})
+        limits = decisions.limits_of(batch) if batch else resources.limits
+        intake = await stack.enter_async_context(Intake(resources.blobs, _room(limits, batch)))
+        form = await _read_form(request, intake, batch_id, key, uploads, limits=limits, fields=frozenset({"name"}))
         wish = _wish_of_form(form)
         fingerprint = _fingerprint(key, form.body_hash)
-        delivery = Delivery(form.files, intake, resources.limits)
+        delivery = Delivery(form.files, intake, limits)
         async with resources.tail.hold(batch_id) as now:  # another request under this key may have been faster
             files = delivery.new_files(now.uploads if now else {})
             if now is None and not files:
@@ -107,7 +108,7 @@ async def _post_filled_batch(request: Request, caller: Caller, key: RequestKey |
                 files,
                 batch_id=batch_id,
                 user_id=caller.user_id,
-                limits=resources.limits,
+                limits=limits,
                 request=fingerprint,
             )
             await delivery.append(events, writing=resources.writing, caller=caller)
@@ -146,6 +147,8 @@ async def post_uploads(request: Request) -> Response:
             await delivery.append(events, writing=resources.writing, caller=caller)
             accepted, rejected = await delivery.settle(batch, uploads)
             decisions.same_request(batch, fingerprint)
+            if batch.deleted:
+                raise decisions.not_found("batch")
             newest = max((upload.created_offset for upload in accepted), default=batch.offset)
             return answer(
                 Added(accepted=_views(accepted, batch, resources), rejected=rejected),
@@ -273,7 +276,7 @@ def _fingerprint(key: RequestKey | None, body_hash: str) -> Fingerprint | None:
 
 def _announced_digest(request: Request) -> str | None:
     """The SHA-256 of `Repr-Digest` (RFC 9530, section 3) in hex; None without one. Other algorithms are passed over."""
-    header = request.headers.get("repr-digest", "")
+    header = ", ".join(request.headers.getlist("repr-digest"))
     if (match := _DIGEST.search(header)) is None:
         return None
     try:

@@ -254,6 +254,7 @@ def _bytes(name: str, summary: str, kind: str, upload_id: dict[str, Any]) -> dic
         "tags": ["Uploads"],
         "parameters": [
             copy.deepcopy(upload_id),
+            _min_position(),
             _in_header("Range", "one range of bytes"),
             _in_header("If-Range", "an ETag: the range only if that is still so"),
             _in_header("If-None-Match", "an ETag; 304 if nothing changed"),
@@ -263,6 +264,17 @@ def _bytes(name: str, summary: str, kind: str, upload_id: dict[str, Any]) -> dic
             "206": {"description": "The range", **copy.deepcopy(body)},
             "304": {"description": "Nothing changed since that ETag"},
         },
+    }
+
+
+def _min_position() -> dict[str, Any]:
+    return {
+        "name": "min_position",
+        "in": "query",
+        "required": False,
+        "description": "wait until the read models include this position, such as a write answered with",
+        "schema": {"type": "string"},
+        "example": samples.POSITION,
     }
 
 

@@ -20,7 +20,6 @@ from services.api.answers import POSITION_HEADER, answer, shown
 from services.api.asking import Caller, caller_of, key_of, small_body
 from services.api.queries import LIMIT_DEFAULT, LIMIT_MAX, Page
 from services.api.resources import Resources, resources_of
-from services.api.writing import Became
 
 Decide = Callable[[Batch, Mapping[str, Upload]], list[LogEvent]]
 
@@ -241,11 +240,7 @@ async def _append(
     for each in became:
         if each.ignored is not None and each.ignored not in passed_over:
             raise decisions.refusal(each.ignored, batch)
-    return max((each.offset for each in became if _effective(each)), default=batch.offset)
-
-
-def _effective(became: Became) -> bool:
-    return became.ignored is None and not became.repeated
+    return max((each.offset for each in became if each.effective), default=batch.offset)
 
 
 async def _fingerprint(request: Request, by: Caller) -> Fingerprint | None:

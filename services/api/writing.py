@@ -45,6 +45,11 @@ class Became:
     ignored: Ignored | None
     repeated: bool
 
+    @property
+    def effective(self) -> bool:
+        """Whether it was this one that was effective, and none before."""
+        return self.ignored is None and not self.repeated
+
 
 class Writing:
     """Appends for the api; see the module's text."""

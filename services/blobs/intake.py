@@ -191,6 +191,7 @@ def _take(waiting: Iterable[tuple[Incoming, bytes | None]]) -> Sequence[Sink]:
 
 def _discard(files: Iterable[Incoming]) -> Sequence[Sink]:
     sinks = [incoming.sink for incoming in files]
-    for sink in sinks:
-        sink.discard()
+    with contextlib.ExitStack() as stack:  # each is discarded, also where another cannot be
+        for sink in sinks:
+            stack.callback(sink.discard)
     return sinks

@@ -167,7 +167,8 @@ class LocalSink:
             _sync_folders(self._path)
 
     def discard(self) -> None:
-        self._close()
+        with contextlib.suppress(OSError):  # the disk is full, and what was not written yet still is not
+            self._close()
         remove(self._path)
 
     def _close(self) -> None:

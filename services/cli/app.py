@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from rich.text import Text
 
 from schemas.ids import is_id
+from schemas.text import storable_text
 from services.cli import connection, operator_app, rebuild_app, up
 from services.cli.board import Board
 from services.cli.client import Api
-from services.cli.connection import DEFAULT_DATA_DIR, TOKEN_TTL_S
+from services.cli.connection import DEFAULT_DATA_DIR, TOKEN_TTL_S, TOKEN_TTL_S_MAX
 from services.cli.demo import Demo
 from services.cli.display import (
     Silence,
@@ -144,6 +145,10 @@ def upload_command(
 ) -> None:
     """Send files as one batch. Exits 1 if one was refused, or with --watch if one failed."""
     check_files(files)
+    try:
+        storable_text(name or "")
+    except ValueError as error:
+        raise WrongUse(f"--name {name!a:.80} {error}.") from None
     here = connection.find(data_dir=data_dir)
     sent, uploads = _run(_upload(here, files, name=name, watch=watch, silent=as_json or quiet))
     failed = watch and any(upload["status"] != "completed" for upload in uploads)
@@ -265,7 +270,9 @@ app.command("doctor")(operator_app.doctor_command)
 def token_command(
     user: Annotated[str, typer.Option(help="Whom the token speaks for (its `sub`).")],
     data_dir: DataDir = DEFAULT_DATA_DIR,
-    ttl: Annotated[float, typer.Option(min=1, help="For how many seconds it is good.")] = TOKEN_TTL_S,
+    ttl: Annotated[float, typer.Option(min=1, max=TOKEN_TTL_S_MAX, help="For how many seconds it is good.")] = (
+        TOKEN_TTL_S
+    ),
     scope: Annotated[list[str] | None, typer.Option(help="A scope it carries: read or write.")] = None,
     *,
     as_json: AsJson = False,

@@ -212,7 +212,7 @@ class Followings:
             return  # it was just beginning; whoever asked is told
         del self._followings[user_id]
         for client in self._hub.forget_user(user_id):
-            client.end(Close.with_position(RESTARTING, "facts of your batches cannot be told now", client.position))
+            client.end(Close(RESTARTING, "facts of your batches cannot be told now", with_position=True))
         if following.leaving is not None:
             following.leaving.cancel()
         following.over.set()

@@ -8,7 +8,7 @@ overtakes it. What was told recently is kept, within `history_bytes_max`, for cl
 """
 
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -45,25 +45,21 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """That a connection must end: the WebSocket close code, and a reason of at most 123 bytes."""
+    """That a connection must end: the WebSocket close code, and why. `with_position`: its client is told where it goes
+    on, which is known only when nothing is sent any more."""
 
     code: int
-    reason: str
+    text: str
+    with_position: bool = False
 
-    @classmethod
-    def of(cls, code: int, reason: str) -> Self:
-        """With as much of the reason as there is room for."""
-        return cls(code, reason.encode()[:_REASON_BYTES_MAX].decode(errors="ignore"))
-
-    @classmethod
-    def with_position(cls, code: int, reason: str, position: str | None) -> Self:
-        """With where the client goes on, if it was told and there is room for it."""
-        if position is None:
-            return cls.of(code, reason)
-        whole = f"{reason}, go on with since={position}"
-        return cls.of(
-            code, whole if len(whole) <= _REASON_BYTES_MAX else f"{reason}, go on with the last position you have"
-        )
+    def reason(self, position: str | None) -> str:
+        """What a close frame has room for, 123 bytes, to a client that was sent all up to this position."""
+        text = self.text
+        if self.with_position and position is not None:
+            whole = f"{text}, go on with since={position}"
+            fits = len(whole.encode()) <= _REASON_BYTES_MAX
+            text = whole if fits else f"{text}, go on with the last position you have"
+        return text.encode()[:_REASON_BYTES_MAX].decode(errors="ignore")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +92,13 @@ class Client:
 
     def __init__(self, *, limits: HubLimits, wake: Callable[[], None]) -> None:
         self.user_id: str | None = None
-        self.batches: set[str] = set()
-        self.follows_user = False
+        self.batches: dict[str, int] = {}
+        """Those it follows by themselves, and the offset after which it is told every fact of each."""
+        self.follows_user: dict[int, int] | None = None
+        """The same of all its user's batches, by partition, if it follows these."""
         self.close: Close | None = None
         self.position: str | None = None
-        """That of the last message taken which has one: where a client that is closed goes on from."""
+        """That of the last message sent which has one: where a client that is closed goes on from."""
         self.queued_bytes = 0
         self._queue: deque[Frame] = deque()
         self._percentages: dict[str, Frame] = {}
@@ -134,11 +132,31 @@ class Client:
     def take(self, *, bytes_max: int) -> list[Frame]:
         """The next frames to send, facts first, up to about `bytes_max` together (but at least one)."""
         taken = self._take_facts(bytes_max)
-        self.position = next((frame.position for frame in reversed(taken) if frame.position), self.position)
         if not self._queue and self._percentages:
             taken += self._percentages.values()
             self._percentages.clear()
         return taken
+
+    def sent(self, frames: Sequence[Frame]) -> None:
+        """These are on their way to the client: it misses none of them, whatever happens now."""
+        self.position = next((frame.position for frame in reversed(frames) if frame.position), self.position)
+
+    def told_after(self, batch_id: str, partition: int) -> int | None:
+        """The offset after which it is told every fact of this batch, by what it follows already; None: it is not."""
+        after = self.batches.get(batch_id)
+        if self.follows_user is None:
+            return after
+        of_user = self.follows_user.get(partition, -1)
+        return of_user if after is None else min(after, of_user)
+
+    def untold(self, frames: Iterable[Frame]) -> list[Frame]:
+        """Those of these facts that it is not told by what it follows already."""
+        found = []
+        for frame in frames:
+            after = self.told_after(frame.batch_id, frame.partition)
+            if after is None or frame.offset <= after:
+                found.append(frame)
+        return found
 
     def _take_facts(self, bytes_max: int) -> list[Frame]:
         if self.queued_bytes <= bytes_max:
@@ -155,7 +173,7 @@ class Client:
 
     def end_too_slow(self) -> None:
         """Have the connection closed because its client does not keep up."""
-        self.end(Close.with_position(TOO_SLOW, "too slow", self.position))
+        self.end(Close(TOO_SLOW, "too slow", with_position=True))
 
     def end(self, close: Close) -> None:
         """Have the connection closed; the first reason given stays."""
@@ -262,17 +280,18 @@ class Hub:
         """End the watch and with it the subscriptions that are left; what was kept ages out of the history."""
         topic = self._watched.pop(batch_id)
         for client in topic.clients:
-            client.batches.discard(batch_id)
+            client.batches.pop(batch_id, None)
         self._forget_percentages(topic)
 
-    def subscribe(self, client: Client, batch_id: str) -> None:
-        """Tell this client every fact of this watched batch from now on, once however often it asks."""
+    def subscribe(self, client: Client, batch_id: str, *, after: int) -> None:
+        """Tell this client every fact of this watched batch from now on, once however often it asks. `after`: it was
+        told those after this offset already, or a snapshot of that place."""
         self._watched[batch_id].clients.add(client)
-        client.batches.add(batch_id)
+        client.batches[batch_id] = min(after, client.batches.get(batch_id, after))
 
     def unsubscribe(self, client: Client, batch_id: str) -> bool:
         """Tell it no more; whether that was the batch's last client."""
-        client.batches.discard(batch_id)
+        client.batches.pop(batch_id, None)
         topic = self._watched.get(batch_id)
         if topic is None or client not in topic.clients:
             return False
@@ -280,12 +299,15 @@ class Hub:
         return not topic.clients
 
     def missed(self, client: Client, batch_id: str, *, after: int) -> list[Frame] | None:
-        """What this client has not been told of a watched batch since offset `after`; None where that is not all
-        at hand. One that is subscribed already, to the batch or to all of its user, has been told all."""
-        if batch_id in client.batches or client.follows_user:
-            return []
+        """What this client has not been told of a watched batch since offset `after`, by what it follows already; None
+        where that is not all at hand."""
         topic = self._watched[batch_id]
-        return topic.missed(dict.fromkeys(topic.floor, after))
+        (partition,) = topic.floor
+        told_after = client.told_after(batch_id, partition)
+        if told_after is not None and after >= told_after:
+            return []
+        missed = topic.missed({partition: after})
+        return None if missed is None else client.untold(missed)
 
     # Users
 
@@ -306,19 +328,20 @@ class Hub:
         """End the watch; the clients that were still subscribed."""
         topic = self._users.pop(user_id)
         for client in topic.clients:
-            client.follows_user = False
+            client.follows_user = None
         self._forget_percentages(topic)
         return topic.clients
 
-    def subscribe_user(self, client: Client) -> None:
-        """Tell this client every fact of its user's batches from now on."""
+    def subscribe_user(self, client: Client, *, after: Mapping[int, int]) -> None:
+        """Tell this client every fact of its user's batches from now on; `after`: as for `subscribe`, by partition."""
         assert client.user_id is not None
         self._users[client.user_id].clients.add(client)
-        client.follows_user = True
+        known = client.follows_user or {}
+        client.follows_user = {number: min(offset, known.get(number, offset)) for number, offset in after.items()}
 
     def unsubscribe_user(self, client: Client) -> bool:
         """Tell it no more; whether that was the user's last client."""
-        client.follows_user = False
+        client.follows_user = None
         topic = self._users.get(client.user_id or "")
         if topic is None or client not in topic.clients:
             return False
@@ -326,13 +349,13 @@ class Hub:
         return not topic.clients
 
     def missed_of_user(self, client: Client, *, after: Mapping[int, int]) -> list[Frame] | None:
-        """What this client has not been told of its user's batches since these offsets; None where that is not all
-        at hand. Of the batches it follows it has been told all."""
+        """As `missed`, of all its user's batches."""
         assert client.user_id is not None
-        if client.follows_user:
+        follows = client.follows_user
+        if follows is not None and all(after.get(number, -1) >= offset for number, offset in follows.items()):
             return []
         missed = self._users[client.user_id].missed(after)
-        return None if missed is None else [frame for frame in missed if frame.batch_id not in client.batches]
+        return None if missed is None else client.untold(missed)
 
     # Facts and percentages
 

@@ -94,6 +94,10 @@ class Connected:
         if not self.close.done():
             self.close.set_result(close)
 
+    def reason(self, close: Close) -> str:
+        """Why it ends; to be asked for when nothing is sent any more."""
+        return close.reason(self.client.position if self.client is not None else None)
+
     def wake(self) -> None:
         """Something waits for the client, or it must end."""
         if self.client is not None and self.client.close is not None:
@@ -104,7 +108,7 @@ class Connected:
         """End it when the token does, unless this is called with a newer one before."""
         self.forget_expiry()
         left_s = CONNECTED_S_MAX if expires_at_s is None else min(CONNECTED_S_MAX, expires_at_s - time.time())
-        expired = Close.of(CloseCode.UNAUTHORIZED, "the token has expired: come back with a new one and `since`")
+        expired = Close(CloseCode.UNAUTHORIZED, "the token has expired: come back with a new one and `since`")
         self._expiry = asyncio.get_running_loop().call_later(max(0.0, left_s), self.end, expired)
 
     def forget_expiry(self) -> None:
@@ -173,7 +177,7 @@ class Session(Connected):
         try:
             self.client = self.parts.hub.connect(wake=self.wake)
         except TooManyConnectionsError as error:
-            self.end(Close.of(CloseCode.TOO_MANY, str(error)))
+            self.end(Close(CloseCode.TOO_MANY, str(error)))
             return
         hearing = asyncio.create_task(self._hear(self.client), name="hear")
         sending = asyncio.create_task(self._send(self.client), name="send")
@@ -194,7 +198,7 @@ class Session(Connected):
         cut = self._websocket.scope["state"]["cut"]
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await self._websocket.close(close.code, close.reason)
+                await self._websocket.close(close.code, self.reason(close))
         except TimeoutError:
             cut()
         else:
@@ -213,6 +217,7 @@ class Session(Connected):
                     await self._websocket.send_text(text)
                 except RuntimeError as error:  # the protocol closed the connection by itself: a frame too large
                     raise WebSocketDisconnect(code=1006) from error
+                client.sent(frames)
                 FRAMES_SENT.inc()
             await asyncio.sleep(JOIN_PAUSE_S)  # what comes meanwhile goes out as one frame
 
@@ -246,13 +251,14 @@ class Session(Connected):
                 principal = await self.parts.authenticate(_token_of(first))
             self.parts.hub.identify(client, principal.user_id)
         except TimeoutError:
-            self.end(Close.of(CloseCode.UNAUTHORIZED, f"no token within {AUTH_TIMEOUT_S:g} s"))
+            self.end(Close(CloseCode.UNAUTHORIZED, f"no token within {AUTH_TIMEOUT_S:g} s"))
             return False
         except RequestError as error:
-            self.end(Close.of(CloseCode.UNAUTHORIZED, error.detail))
+            later = error.code is Code.KEYS_UNAVAILABLE  # the token may be good
+            self.end(Close(CloseCode.RESTARTING if later else CloseCode.UNAUTHORIZED, error.detail))
             return False
         except TooManyConnectionsError as error:
-            self.end(Close.of(CloseCode.TOO_MANY, str(error)))
+            self.end(Close(CloseCode.TOO_MANY, str(error)))
             return False
         self._greet(client, principal)
         for text in rest:
@@ -305,4 +311,4 @@ def _token_of(text: str) -> str:
     return message.token
 
 
-RESTARTING = Close.of(CloseCode.RESTARTING, "restarting: come back with `since`")
+RESTARTING = Close(CloseCode.RESTARTING, "restarting: come back with `since`")

@@ -109,24 +109,28 @@ class Stream(Connected):
                 continue
             self.woken.clear()
             while frames := client.take(bytes_max=FRAME_BYTES_MAX):
-                await self._put(send, events(frames))
-                FRAMES_SENT.inc()
+                if await self._put(send, events(frames)):
+                    client.sent(frames)
+                    FRAMES_SENT.inc()
             await asyncio.sleep(JOIN_PAUSE_S)  # what comes meanwhile goes out together
 
-    async def _put(self, send: Send, text: str) -> None:
+    async def _put(self, send: Send, text: str) -> bool:
         """Send, within a bound: there are no pings here that would tell a dead client from a slow one."""
         try:
             async with asyncio.timeout(SILENT_HEARTBEATS_MAX * self.parts.heartbeat_s):
                 await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
         except TimeoutError:
-            self.end(Close.of(CloseCode.TOO_SLOW, "nothing was taken for too long"))
+            self.end(Close(CloseCode.TOO_SLOW, "nothing was taken for too long", with_position=True))
+            return False
+        return True
 
     async def _say_goodbye(self, close: Close, receive: Receive, send: Send) -> None:
         """Say why, and end the answer; cut the connection where its client does not take it."""
         CLIENTS_CLOSED.labels(CloseCode(close.code).name.lower()).inc()
+        last = closing(close.code, self.reason(close))
         try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
-                await send({"type": "http.response.body", "body": closing(close).encode(), "more_body": False})
+                await send({"type": "http.response.body", "body": last.encode(), "more_body": False})
         except TimeoutError:
             self._request.scope["state"]["cut"]()
             await _gone(receive)
@@ -151,9 +155,9 @@ def opening() -> str:
     return f"retry: {RETRY_MS}\n\n"
 
 
-def closing(close: Close) -> str:
+def closing(code: int, reason: str) -> str:
     """What a stream ends with, if we end it."""
-    return f"event: close\ndata: {json.dumps({'type': 'close', 'code': close.code, 'reason': close.reason})}\n\n"
+    return f"event: close\ndata: {json.dumps({'type': 'close', 'code': code, 'reason': reason})}\n\n"
 
 
 def events(frames: Sequence[Frame]) -> str:

@@ -84,7 +84,9 @@ class Subscriptions:
                 begin = since if missed else here
                 client.put(Frame.of(messages.resumed(batch_id=batch_id, position=begin), position=str(begin)))
                 self._tell_missed(client, missed, since)
-            self.hub.subscribe(client, batch_id)
+                here = since
+            after = here.offset(batch.partition)
+            self.hub.subscribe(client, batch_id, after=-1 if after is None else after)
 
     async def _missed(self, client: Client, batch: Batch, since: Position) -> list[Frame] | None:
         """What came after `since`, if that is not too much. Awaits nothing after it looked for the newest."""
@@ -95,7 +97,7 @@ class Subscriptions:
             if not self.hub.watches(batch.id):
                 return None
             if (newest := self.hub.missed(client, batch.id, after=after)) is not None:
-                return self._if_it_fits([*replayed, *newest])
+                return self._if_it_fits([*client.untold(replayed), *newest])
             upto = since.at(batch.partition, self.tail.position().offset(batch.partition) or 0)
             older = await self.replays.of_batch(batch.id, since=since, upto=upto, bytes_max=self.hub.replay_bytes_max)
             if older is None:
@@ -118,17 +120,18 @@ class Subscriptions:
             missed = None if since is None else await self._missed_of_user(client, client.user_id, since)
             if since is None or missed is None:
                 batches, truncated = await self.followings.batches(client.user_id)
-                client.put(self._snapshot_of_user(batches, truncated=truncated))
+                here = self.tail.position()
+                client.put(self._snapshot_of_user(batches, here, truncated=truncated))
             else:
                 begin = since if missed else self.tail.position()
                 client.put(Frame.of(messages.user_resumed(position=begin), position=str(begin)))
                 self._tell_missed(client, missed, since)
-            self.hub.subscribe_user(client)
+                here = since
+            self.hub.subscribe_user(client, after=dict(here.offsets))
 
-    def _snapshot_of_user(self, batches: Sequence[Batch], *, truncated: bool) -> Frame:
+    def _snapshot_of_user(self, batches: Sequence[Batch], here: Position, *, truncated: bool) -> Frame:
         """These batches as they are here: all, the unfinished ones, or as many of these, newest first, as are not too
         much for one message."""
-        here = self.tail.position()
         shown = batches
         while True:
             is_part = truncated or len(shown) < len(batches)
@@ -140,13 +143,12 @@ class Subscriptions:
             shown = unfinished if len(unfinished) < len(shown) else shown[: len(shown) // 2]
 
     async def _missed_of_user(self, client: Client, user_id: str, since: Position) -> list[Frame] | None:
-        """As `_missed`, of all batches the client does not follow already."""
+        """As `_missed`, of all its user's batches."""
         replayed: list[Frame] = []
         for _ in range(REPLAYS_MAX):
             self._check_followed(user_id)
             if (newest := self.hub.missed_of_user(client, after=dict(since.offsets))) is not None:
-                told = [*(frame for frame in replayed if frame.batch_id not in client.batches), *newest]
-                return self._if_it_fits(told)
+                return self._if_it_fits([*client.untold(replayed), *newest])
             upto = self.tail.position()
             older = await self.replays.of_user(user_id, since=since, upto=upto, bytes_max=self.hub.replay_bytes_max)
             if older is None:

@@ -8,12 +8,14 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 import pytest
 
 from schemas.errors import Code
 from services.blobs import BlobMissing, BlobStore, Incoming, Intake, LocalBlobs, Lying, Room, S3Blobs
 from services.blobs.intake import FLUSH_BYTES, FLUSH_FILES
+from services.blobs.local import LocalSink
 from services.blobs.local_shelf import TRASH as LOCAL_TRASH
 from services.blobs.s3_shelf import TRASH as S3_TRASH
 from services.blobs.s3_sink import PART_BYTES_MIN
@@ -77,6 +79,26 @@ async def place(request: pytest.FixtureRequest, tmp_path: Path, unique: str) -> 
 
 def room(*, file_bytes_max: int = 100_000_000, files: int = 1_000, size_bytes: int = 10**9) -> Room:
     return Room(file_bytes_max, files, size_bytes)
+
+
+class Full:
+    """A file on a full disk: what was not written yet cannot be, whenever it is tried."""
+
+    def close(self) -> None:
+        raise OSError(28, "no space left on device")
+
+
+async def test_what_is_discarded_on_a_full_disk_is_gone(tmp_path: Path) -> None:
+    async with LocalBlobs.open(tmp_path, fsync=False) as store, Intake(store, room()) as intake:
+        place = Place(store, tmp_path, LOCAL_TRASH)
+        first, second = await take(intake, JPEG), await take(intake, PNG)
+        await intake.flush()
+        assert isinstance(first.sink, LocalSink)
+        first.sink._file = cast("BinaryIO", Full())
+
+        await intake.drop([first, second])
+
+        assert place.names() == set()
 
 
 async def take(intake: Intake, *pieces: bytes, upload_id: str = UPLOAD, hash_only: bool = False) -> Incoming:

@@ -151,6 +151,8 @@ async def test_a_taken_port_is_named_with_the_option_that_chooses_another(sluice
         (("upload", "no-such-file.jpg"), "no-such-file.jpg cannot be read: No such file or directory"),
         (("watch", "nonsense"), "'nonsense' is not the id of a batch"),
         (("token", "--user", "me"), "There is no secret"),
+        (("token", "--user", "me", "--ttl", "inf"), "--ttl"),
+        (("upload", "--name", "\udcff", str(PICTURES / "cat.png")), "--name '\\udcff' holds half a surrogate pair"),
         (("upload",), "Missing argument"),
     ],
 )

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
 import httpx
@@ -22,6 +22,8 @@ from tests.integration.api_client import (
     running_api,
     sha256,
 )
+
+MIB = 1024 * 1024
 
 
 @pytest.fixture
@@ -146,12 +148,15 @@ async def test_a_put_is_checked_against_its_announced_digest(api: RunningApi, ad
     unreadable = await ada.put(batch_id, "a.jpg", picture, Repr_Digest="sha-256=:no:")
     blobs_between = api.blobs
     unnamed = await ada.put(batch_id, "b.jpg", picture, Repr_Digest=f"xsha-256=:{wrong}:, sha-256x=:{wrong}:")
+    two_lines = [("Repr-Digest", "sha-512=:AA==:"), ("Repr-Digest", f"sha-256=:{wrong}:")]
+    refused_too = await ada.http.put(f"/v1/batches/{batch_id}/uploads/c.jpg", content=picture, headers=two_lines)
     taken = await ada.put(batch_id, "a.jpg", picture, Repr_Digest=f"sha-512=:AA==:, sha-256=:{right}:")
 
     assert (refused.status_code, code_of(refused)) == (400, "digest_mismatch")
     assert (unreadable.status_code, code_of(unreadable)) == (422, "invalid_request")
     assert blobs_between == []
     assert unnamed.status_code == 202
+    assert code_of(refused_too) == "digest_mismatch"
     assert taken.status_code == 202
 
 
@@ -310,6 +315,22 @@ async def test_a_repeated_form_says_of_its_surplus_what_it_said_and_adds_nothing
     assert (await ada.get("/v1/status")).json()["head"] == head
 
 
+async def test_a_repeated_batch_of_files_says_of_its_surplus_what_it_said(
+    kafka: str, database_url: str, unique: str, tmp_path: Path
+) -> None:
+    settings = api_settings(
+        kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs", files_max=2
+    )
+    files = {name: a_picture() for name in ("1.jpg", "2.jpg", "3.jpg")}
+    async with running_api(settings) as api:
+        first = await (await api.person("ada")).send("/v1/batches", files, key="k")
+    async with running_api(settings.model_copy(update={"files_max": 1_000})) as api:
+        again = await (await api.person("ada")).send("/v1/batches", files, key="k")
+
+    assert [(each["filename"], each["code"]) for each in first.json()["rejected"]] == [("3.jpg", "too_many_files")]
+    assert (again.status_code, again.json()) == (202, first.json())
+
+
 async def test_a_thousand_files_in_one_form(ada: Person) -> None:
     files = {f"{'n' * 200}{number:04}.jpg": a_picture(600) for number in range(1_001)}
 
@@ -450,6 +471,36 @@ async def test_a_deleted_batch_is_gone_from_then_on(ada: Person) -> None:
     assert code_of(repeated) in ("not_found", "idempotency_key_reused")
 
 
+async def test_a_form_that_is_repeated_while_its_batch_is_deleted_is_not_found(ada: Person) -> None:
+    batch_id = await ada.opens_batch()
+    picture, sent, deleted = a_picture(32 * MIB), asyncio.Event(), asyncio.Event()
+    deleted.set()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+        for start in range(0, len(picture), MIB):
+            if start == 24 * MIB:  # more than lies between the api and us: it has begun
+                sent.set()
+                await deleted.wait()
+            yield picture[start : start + MIB]
+        yield b"\r\n--x--\r\n"
+
+    def form() -> Awaitable[httpx.Response]:
+        headers = {"Content-Type": "multipart/form-data; boundary=x", "Idempotency-Key": "k"}
+        return ada.http.post(f"/v1/batches/{batch_id}/uploads", content=body(), headers=headers)
+
+    first = await form()
+    deleted.clear()
+    sent.clear()
+    again = asyncio.ensure_future(form())
+    await sent.wait()
+    assert (await ada.http.delete(f"/v1/batches/{batch_id}")).status_code == 204
+    deleted.set()
+
+    assert (first.status_code, len(first.json()["accepted"])) == (202, 1)
+    assert ((await again).status_code, code_of(await again)) == (404, "not_found")
+
+
 async def test_only_a_failed_upload_is_retried(ada: Person) -> None:
     made = (await ada.send("/v1/batches", {"a.jpg": a_picture()})).json()
 
@@ -549,10 +600,15 @@ async def test_min_position_waits_and_then_says_that_nothing_projects(
         ada = await api.person("ada")
         made = await ada.post("/v1/batches", json={})
 
-        answer = await ada.get("/v1/batches", min_position=made.headers["Sluice-Position"])
+        upload = (await ada.put(made.json()["id"], "a.jpg", a_picture())).json()
+        mine = f"/v1/uploads/{upload['id']}"
+        paths = ("/v1/batches", made.headers["Location"], mine, f"{mine}/content", f"{mine}/thumbnail")
 
-        assert (answer.status_code, code_of(answer)) == (503, "projection_behind")
-        assert int(answer.headers["Retry-After"]) > 0
+        answers = [await ada.get(path, min_position=upload["position"]) for path in paths]
+
+        assert {(answer.status_code, code_of(answer)) for answer in answers} == {(503, "projection_behind")}
+        assert all(int(answer.headers["Retry-After"]) > 0 for answer in answers)
+        assert code_of(await ada.get(f"{mine}/content", min_position="nonsense")) == "invalid_position"
 
 
 async def test_the_service_tells_how_it_is(api: RunningApi, ada: Person, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,11 @@ from tests.integration.api_client import (
     processor_beside,
     running_api,
 )
+from tests.notifiers import until
 from tests.pausing import paused
+from tests.rebuilds import a_ground
 
+MIB = 1024 * 1024
 DATABASE_AWAY = re.compile("Postgres has not answered|the database cannot be reached")
 LOG_LIMITS = {"tail_lag_max_s": 2, "read_back_timeout_s": 10}
 """The defaults: a log that is away is noticed after so long. What is sent before it goes away is sent until it is
@@ -284,3 +287,51 @@ async def _bytes_sent_before_the_answer(person: Person, path: str) -> tuple[int,
     status = int((await reader.readline()).split()[1])
     writer.close()
     return status, 0 if status != 100 else 1_000_000
+
+
+@pytest.mark.parametrize("how", ["put", "form"])
+async def test_what_comes_while_the_read_models_are_rebuilt_is_kept(
+    kafka: str, database_url: str, unique: str, tmp_path: Path, how: str
+) -> None:
+    settings = api_settings(kafka=kafka, database_url=database_url, unique=unique, blobs=tmp_path / "blobs")
+    picture = a_picture(4 * MIB)
+    half_sent, rebuilt = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        if how == "form":
+            yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.jpg"\r\n\r\n'
+        yield picture[: 2 * MIB]
+        half_sent.set()
+        await rebuilt.wait()
+        yield picture[2 * MIB :]
+        if how == "form":
+            yield b"\r\n--x--\r\n"
+
+    async with (
+        running_api(settings) as api,
+        a_ground(kafka=kafka, database_url=database_url, topic=settings.log_topic) as ground,
+    ):
+        # Given a file of which half has come
+        ada = await api.person("ada")
+        batch_id = await ada.opens_batch()
+        await ground.project()
+        url = f"/v1/batches/{batch_id}/uploads"
+        if how == "put":
+            sending = asyncio.create_task(ada.http.put(f"{url}/a.jpg", content=body()))
+        else:
+            kind = {"Content-Type": "multipart/form-data; boundary=x"}
+            sending = asyncio.create_task(ada.http.post(url, content=body(), headers=kind))
+        await half_sent.wait()
+        await until(lambda: len(api.blobs) == 1)
+
+        # When other read models take the place of those its batch was loaded from
+        await ground.replay()
+        live = await ground.live()
+        await until(lambda: api.tail._generation == live)
+        rebuilt.set()
+        answer = await sending
+
+        # Then it is accepted, and its bytes are there
+        assert answer.status_code == 202, answer.text
+        upload = answer.json() if how == "put" else answer.json()["accepted"][0]
+        assert (await ada.get(f"/v1/uploads/{upload['id']}/content")).content == picture

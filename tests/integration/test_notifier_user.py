@@ -244,6 +244,27 @@ async def test_a_client_that_is_cut_after_every_message_ends_with_what_the_log_s
     assert min(len(offsets) for offsets in seen.values()) > 15
 
 
+async def test_who_follows_all_from_a_later_place_is_told_what_it_missed_of_one_batch(quiet: Scene) -> None:
+    batch_id, story = a_story("told before")
+    await quiet.append(*story[:1])
+    since = await quiet.append(*story[1:2])
+    async with notifying(quiet.settings) as notifier:
+        quiet.port = notifier.port
+        async with quiet.connected() as watcher:
+            end = await quiet.append(*story[2:ENDED])
+            await watcher.until_read(end)
+            await watcher.subscribe_user()
+            answer = await watcher.subscribe(batch_id, since=str(since.at(1, 1)))
+            again = await watcher.hear_to(end.at(1, 1))
+            await quiet.append(*story[ENDED:])
+            live = await watcher.hear_until(lambda message: message["event"]["type"].endswith("BatchCompleted.v1"))
+            answer_again = await watcher.subscribe(batch_id, since=str(since.at(1, 1)))
+            await watcher.silence()
+
+    assert (answer["recovered"], answer_again["recovered"]) == (True, True)
+    assert types_of([*again, *live]) == [event.type.split(".")[1] for event in story[2:]]
+
+
 def fact_of_other(fact: Fact, state: State) -> bool:
     return state.batches[fact.batch_id or ""].user_id != USER
 

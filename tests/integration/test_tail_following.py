@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import cast
 
 import pytest
@@ -15,6 +15,8 @@ from services.database import Database, DatabaseUnavailable, Snapshot
 from services.eventlog import Log
 from services.folding import Held
 from services.history import Past
+from services.notifier.followings import Followings
+from services.notifier.hub import Hub, HubLimits
 from services.tail import Folded, Tail
 from tests.examples import (
     LOG_ID,
@@ -135,6 +137,61 @@ async def test_every_effective_fact_of_a_followed_user_is_told_where_rows_are_ah
 
     told = [each for each in heard if each[1]]
     assert told == [each for each in effects(records) if each[1] and each[0] >= begin]
+
+
+@pytest.mark.parametrize("begin", range(6, 9))
+async def test_every_fact_after_where_a_user_is_followed_from_is_told_where_rows_are_ahead(
+    database: Database, monkeypatch: pytest.MonkeyPatch, begin: int
+) -> None:
+    # Given a batch that has ended in the read models, and not yet where the tail is
+    records = records_of(*STORY[:9])
+    await project(database, records[:begin])
+    waited, reached = asyncio.Event(), Tail.reached
+
+    async def reached_noted(self: Tail, position: Position, timeout_s: float) -> bool:
+        waited.set()
+        return await reached(self, position, timeout_s)
+
+    heard: list[int] = []
+    hub = WatchedHub()
+    async with (
+        opened(records, database) as (log, tail),
+        Followings.open(tail=tail, hub=hub, database=database) as followings,
+    ):
+        log.next_offset = begin
+        tail.listen(lambda folded: heard.append(folded.fact.offset))
+        await project(database, records)
+        await until(lambda: tail.projected().includes(Position.of(LOG_ID, {0: len(records) - 1})))
+        monkeypatch.setattr(Tail, "reached", reached_noted)
+
+        # When its user is followed just then, and the tail reads on
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(found(followings))
+            await until(lambda: waited.is_set() or hub.floor is not None)
+            log.feed(len(records))
+        assert await tail.reached_end(SOON_S)
+
+    # Then what comes after the place it is followed from was told
+    assert hub.floor is not None
+    assert [offset for offset in range(hub.floor + 1, len(records)) if offset not in heard] == []
+
+
+class WatchedHub(Hub):
+    """A hub that shows after which offset a user is watched."""
+
+    def __init__(self) -> None:
+        super().__init__(HubLimits(1, 1, 1, 1, 1))
+        self.floor: int | None = None
+
+    def watch_user(self, user_id: str, *, floor: Mapping[int, int]) -> None:
+        self.floor = floor[0]
+        super().watch_user(user_id, floor=floor)
+
+
+async def found(followings: Followings) -> None:
+    """As a client that subscribes and goes away."""
+    async with followings.find(USER):
+        pass
 
 
 async def test_what_a_followed_user_did_beyond_the_read_models_is_named(database: Database) -> None:

@@ -63,11 +63,24 @@ def test_where_nothing_runs_the_message_says_how_to_start(tmp_path: Path) -> Non
         connection.find(data_dir=tmp_path)
 
 
-def test_an_address_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLUICE_API_URL", "127.0.0.1:8080")
+@pytest.mark.parametrize("url", ["127.0.0.1:8080", "http://[::1", "http://127.0.0.1:99999", "http://:8080"])
+def test_an_address_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("SLUICE_API_URL", url)
 
     with pytest.raises(WrongUse, match="is not an address"):
         connection.find(data_dir=tmp_path)
+
+
+def test_a_token_with_what_no_token_has_is_refused_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLUICE_API_URL", HERE)
+    monkeypatch.setenv("SLUICE_TOKEN", "eyJ…")
+
+    with pytest.raises(WrongUse, match="no token has") as refused:
+        connection.find(data_dir=tmp_path)
+
+    assert "eyJ" not in str(refused.value)
 
 
 def test_the_secret_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:

@@ -107,7 +107,9 @@ def test_the_document_shows_streams_as_they_are() -> None:
         Frame.of(messages.progress(an_upload_progressed())),
     ]
 
-    stream = streams.opening() + streams.events(told) + streams.COMMENT + streams.closing(RESTARTING)
+    stream = (
+        streams.opening() + streams.events(told) + streams.COMMENT + streams.closing(RESTARTING.code, RESTARTING.text)
+    )
 
     assert f"```\n{stream.rstrip()}\n```" in PROTOCOL.read_text()
     assert the_event(4).startswith(f'{{"type":"event","position":"{at(4)}","event":{{')
