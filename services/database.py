@@ -219,13 +219,17 @@ class Database:
             with reaching():
                 await database._pool
                 await database._check_version()
-        except (DatabaseUnavailable, asyncpg.exceptions.ClientConfigurationError, ValueError) as error:
-            refused = error.__cause__ if isinstance(error, DatabaseUnavailable) else error
-            if isinstance(error, DatabaseUnavailable) and not isinstance(refused, _REFUSED):
-                raise
-            raise StartError(
-                f"Postgres refused SLUICE_DATABASE_URL: {refused}; check user, password and name"
-            ) from error
+        except DatabaseUnavailable as error:
+            refused = error.__cause__
+            if isinstance(refused, asyncpg.exceptions.ClientConfigurationError):
+                raise StartError(_unusable(str(refused).partition("\n")[0])) from error
+            if isinstance(refused, _REFUSED):
+                raise StartError(
+                    f"Postgres refused SLUICE_DATABASE_URL: {refused}; check user, password and name"
+                ) from error
+            raise
+        except (ValueError, OverflowError) as error:  # its text may be a part of the password
+            raise StartError(_unusable("its host or its port cannot be read (a port is 1 to 65535)")) from error
         return database
 
     async def close(self) -> None:
@@ -361,6 +365,10 @@ class Database:
             with reaching():
                 await connection.add_listener(PROJECTED_CHANNEL, heard)
         return connection
+
+
+def _unusable(why: str) -> str:
+    return f"SLUICE_DATABASE_URL cannot be used: {why}; it looks like postgresql://user:password@host:port/name"
 
 
 @contextlib.asynccontextmanager

@@ -80,6 +80,26 @@ async def cancelled(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def run_until_told(serve: Callable[[asyncio.Event, asyncio.Event], Coroutine[Any, Any, None]]) -> None:
+    """Run `serve(stop, ready)` to its end; SIGTERM and SIGINT set `stop`.
+
+    It sets `ready` when it has started, and from then on ends by itself when `stop` is set. Before, it may be waiting
+    for a part that is away: then it is cancelled, which undoes what it opened.
+    """
+    stop, ready = asyncio.Event(), asyncio.Event()
+    with stop_signals(stop):
+        serving = asyncio.create_task(serve(stop, ready), name="serve")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        try:
+            await first_of(serving, stopping)
+            if ready.is_set():
+                await serving
+            elif not serving.done():
+                _log.info("stopped_while_starting")
+        finally:
+            await cancelled(serving, stopping)
+
+
 def run_service(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     """Run a service's `main` to its end; a failed start is one readable message and a non-zero exit."""
     try:

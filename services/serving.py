@@ -6,6 +6,7 @@ stranger may make us hold before anybody asked for a token is bounded, in bytes 
 
 import asyncio
 import contextlib
+import errno
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
@@ -22,8 +23,10 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from schemas.errors import MEANINGS, Code, RequestError, problem
 from services.lifecycle import StartError, first_of, stopwatch
 from services.observability import TASKS
+from services.settings import host_in_url
 
 _BACKLOG = 2_048
+_PORTS_FAULT = (errno.EADDRINUSE, errno.EACCES)
 HEAD_BYTES_MAX = 64 * 1024
 HEAD_TIMEOUT_S = 30.0
 LINGER_S = 1.0
@@ -165,7 +168,7 @@ async def serving(app: Any, *, host: str, port: int, stop_timeout_s: float, **op
 
     `options` are uvicorn's. Raises StartError where the port is taken.
     """
-    listening = _bind(host, port)
+    listening = _listen(host, port)
     server = _Server(
         uvicorn.Config(
             app,
@@ -237,16 +240,26 @@ def health_routes(
     return [Route("/livez", live), Route("/readyz", ready), Route("/metrics", metrics)]
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at this address, which does not listen yet; raises OSError where it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named as TCP, so that asyncio sets TCP_NODELAY: else a kept-alive answer waits 40 ms for a delayed ACK.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-    except OSError as error:
+    except BaseException:
         listening.close()
-        raise StartError(f"cannot listen on {host}:{port}: {error.strerror}; choose another port") from error
+        raise
+    return listening
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        listening = bound(host, port)
+    except OSError as error:
+        mend = "choose another port" if error.errno in _PORTS_FAULT else "choose another SLUICE_HOST"
+        raise StartError(f"cannot listen on {host_in_url(host)}:{port}: {error.strerror}; {mend}") from error
     listening.listen(_BACKLOG)
     listening.settimeout(0)
     return listening

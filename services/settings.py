@@ -6,11 +6,12 @@ Units stand last in the names. docs/operations.md explains when to change which.
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services import faults
@@ -22,9 +23,17 @@ _BUCKET_URL = re.compile(
     re.ASCII,
 )
 _ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[\w./-]*)?", re.ASCII)
+_HOST = r"(?:[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|\[[0-9A-Fa-f:.]+\])"
+_KAFKA_ADDRESS = re.compile(rf"{_HOST}(?::(\d{{1,5}}))?", re.ASCII)
+_WEB_URL = re.compile(r"https?://(?:[^\s/?#@]*@)?(?:[^\s/?#@:\[\]]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(?:[/?#]\S*)?")
+_TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", re.ASCII)
+_PORT_MAX = 65_535
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s@,]+", re.ASCII)
 
-Port = Annotated[int, Field(ge=0, le=65535)]
+Port = Annotated[int, Field(ge=0, le=_PORT_MAX)]
+Bytes = Annotated[int, Field(ge=1, lt=2**63)]
+"""As many as an event can say (schemas.events)."""
+BlankIsUnset = BeforeValidator(lambda given: None if isinstance(given, str) and not given.strip() else given)
 Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600)]
 
 
@@ -60,13 +69,17 @@ class Settings(BaseSettings):
     fsync: bool = Field(default=False, description="survive the loss of power, not only of processes (slower)")
 
     jwt_secret: SecretStr | None = Field(default=None, description="the HS256 key of tokens, 32 bytes or more")
-    jwks_url: str | None = Field(
+    jwks_url: Annotated[str | None, BlankIsUnset] = Field(
         default=None,
         description="where RS256 and ES256 keys of tokens are (JWKS); the secret is not used then",
     )
     jwks_max_age_s: Seconds = Field(default=3_600, description="keys fetched longer ago than this count no more")
-    jwt_issuer: str | None = Field(default=None, description="the `iss` every token must carry, if set")
-    jwt_audience: str | None = Field(default=None, description="the `aud` every token must carry, if set")
+    jwt_issuer: Annotated[str | None, BlankIsUnset] = Field(
+        default=None, description="the `iss` every token must carry, if set"
+    )
+    jwt_audience: Annotated[str | None, BlankIsUnset] = Field(
+        default=None, description="the `aud` every token must carry, if set"
+    )
     jwt_leeway_s: Annotated[float, Field(ge=0, le=300)] = Field(default=10, description="clock difference forgiven")
 
     host: str = Field(default="127.0.0.1", description="the address every service listens on")
@@ -85,8 +98,8 @@ class Settings(BaseSettings):
     )
 
     files_max: Annotated[int, Field(ge=1, le=1_000_000)] = Field(default=1_000, description="files of a new batch")
-    batch_bytes_max: Annotated[int, Field(ge=1)] = Field(default=10_000_000_000, description="bytes of a new batch")
-    file_bytes_max: Annotated[int, Field(ge=1)] = Field(default=100_000_000, description="bytes of one of its files")
+    batch_bytes_max: Bytes = Field(default=10_000_000_000, description="bytes of a new batch")
+    file_bytes_max: Bytes = Field(default=100_000_000, description="bytes of one of its files")
     idle_seal_s: Seconds = Field(default=24 * 3600, description="an open batch is sealed so long after its last file")
 
     work_timeout_s: Seconds = Field(default=120, description="longest work on one file")
@@ -126,8 +139,10 @@ class Settings(BaseSettings):
             complaints.append("SLUICE_FILE_BYTES_MAX is larger than SLUICE_BATCH_BYTES_MAX")
         if self.blob_url and (complaint := _complaint_about_blob_url(self.blob_url)):
             complaints.append(complaint)
-        if self.jwks_url and not self.jwks_url.startswith(("https://", "http://")):
-            complaints.append(f"SLUICE_JWKS_URL={self.jwks_url!r} is not of the form https://host/path")
+        complaints += self._complaints_about_kafka()
+        for variable, url in (("JWKS_URL", self.jwks_url), ("NOTIFIER_PUBLIC_URL", self.notifier_public_url)):
+            if url and not _matches(_WEB_URL, url):
+                complaints.append(f"SLUICE_{variable} is not of the form https://host[:port]/path")
         if bad := [origin for origin in self.origins if not _ORIGIN.fullmatch(origin)]:
             complaints.append(f"SLUICE_ALLOWED_ORIGINS names {bad[0]!r}, which is not of the form https://host[:port]")
         try:
@@ -137,6 +152,17 @@ class Settings(BaseSettings):
         if complaints:
             raise ValueError("\n".join(complaints))
         return self
+
+    def _complaints_about_kafka(self) -> Iterator[str]:
+        for address in self.kafka_bootstrap_servers.split(","):
+            if not _matches(_KAFKA_ADDRESS, address.strip()):
+                form = f"of the form host:port, with a port from 1 to {_PORT_MAX}"
+                yield f"SLUICE_KAFKA_BOOTSTRAP_SERVERS names {address!r}, which is not {form}"
+        for variable, topic in (("LOG_TOPIC", self.log_topic), ("PROGRESS_TOPIC", self.progress_topic)):
+            if not _TOPIC.fullmatch(topic):
+                yield f"SLUICE_{variable}={topic!r:.80} is no topic's name: 1 to 249 letters, digits and ._- only"
+        if self.log_topic == self.progress_topic:
+            yield f"SLUICE_LOG_TOPIC and SLUICE_PROGRESS_TOPIC are both {self.log_topic!r:.80}; name two topics"
 
     @property
     def blob_folder(self) -> Path:
@@ -157,7 +183,18 @@ class Settings(BaseSettings):
     @property
     def notifier_url(self) -> str:
         """Where clients reach the notifier."""
-        return self.notifier_public_url or f"http://{self.host}:{self.notifier_port}"
+        return self.notifier_public_url or f"http://{host_in_url(self.host)}:{self.notifier_port}"
+
+
+def host_in_url(host: str) -> str:
+    """The host as it stands in a URL: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _matches(form: re.Pattern[str], text: str) -> bool:
+    """Whether the text is of this form, whose first group is a port."""
+    match = form.fullmatch(text)
+    return match is not None and 1 <= int(match[1] or 1) <= _PORT_MAX
 
 
 def _complaint_about_blob_url(url: str) -> str | None:

@@ -7,17 +7,24 @@ Postgres.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from schemas.batch import Batch, Lane, Upload
 from schemas.ids import partition_of
 from services.api.queries import Page, uploads_among
 from services.database import BATCH_FIELDS, UPLOAD_FIELDS, Snapshot
-from services.processor.projection import GenerationChangedError, LaneLostError, Payload
+from services.processor.projection import (
+    UNENDED_ROWS_MAX,
+    GenerationChangedError,
+    LaneLostError,
+    Payload,
+    Unended,
+)
 
+T = TypeVar("T")
 Gate = Callable[[str], AbstractAsyncContextManager[Any]]
 
 _STATUS = UPLOAD_FIELDS.index("status")
@@ -167,17 +174,25 @@ class MemoryRows:
         async with self._gate("rows.uploads"):
             return {each: upload for each in ids if (upload := self._tables.upload(each)) is not None}
 
-    async def unended(self, partition: int) -> tuple[list[Batch], list[Upload], dict[str, int]]:
+    async def unended(self, partition: int, *, rows_max: int = UNENDED_ROWS_MAX) -> AsyncGenerator[Unended]:
         async with self._gate("rows.unended"):
-            batches = [batch for batch in self._of(partition) if not batch.ended]
-            uploads = [
-                upload
-                for batch in batches
-                for upload in self._tables.uploads_of(batch.id).values()
-                if upload.status in ("queued", "processing")
-            ]
-            starts = {user: at for (number, user), at in self._tables.user_starts.items() if number == partition}
-            return batches, uploads, starts
+            pages = list(self._unended(partition, rows_max))
+        for number, page in enumerate(pages):
+            if number:
+                async with self._gate("rows.unended"):
+                    pass
+            yield page
+
+    def _unended(self, partition: int, rows_max: int) -> Iterator[Unended]:
+        starts = [(user, at) for (number, user), at in self._tables.user_starts.items() if number == partition]
+        batches = [batch for batch in self._of(partition) if not batch.ended]
+        ids = {batch.id for batch in batches}
+        rows = [row for row in self._tables.uploads.values() if row[_BATCH_OF_UPLOAD] in ids]
+        waiting = [row for row in rows if row[_STATUS] in ("queued", "processing")]
+        uploads = [Upload(**dict(zip(UPLOAD_FIELDS, row, strict=True))) for row in waiting]
+        yield from (Unended(starts=dict(page)) for page in _pages(starts, rows_max))
+        yield from (Unended(batches=page) for page in _pages(batches, rows_max))
+        yield from (Unended(uploads=page) for page in _pages(uploads, rows_max))
 
     async def idle_batches(self, partition: int, *, before_ms: int) -> list[Batch]:
         async with self._gate("rows.idle"):
@@ -256,6 +271,10 @@ class MemoryDatabase:
     async def uploads_of(self, batch_id: str, *, page: Page) -> tuple[list[Upload], str | None]:
         async with self._gate("database.uploads_of"):
             return uploads_among(self.tables.uploads_of(batch_id), page=page)
+
+
+def _pages(rows: list[T], rows_max: int) -> list[list[T]]:
+    return [rows[begin : begin + rows_max] for begin in range(0, len(rows), rows_max)]
 
 
 def _buried(batch: Batch) -> Batch:

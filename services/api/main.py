@@ -6,6 +6,7 @@ takes no new requests, lets those under way end, and closes in reverse.
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -19,11 +20,11 @@ from services.api.resources import Resources
 from services.api.writing import Writing
 from services.faults import arm
 from services.history import History, Past
-from services.lifecycle import cancelled, closing, run_service, stop_signals, stopwatch
+from services.lifecycle import cancelled, closing, run_service, run_until_told, stopwatch
 from services.observability import configure_logging, logger
 from services.opening import open_authenticator, open_blobs, open_stores
 from services.serving import serving
-from services.settings import Settings, load
+from services.settings import Settings, host_in_url, load
 from services.tail import Tail
 from services.tailing import open_tail, serve_until, soon_caught_up
 
@@ -41,10 +42,13 @@ async def main() -> None:
     settings = load(needs=("jwt_secret|jwks_url", "blob_url"))
     configure_logging(service="api", log_format=settings.log_format, log_level=settings.log_level)
     arm(settings.fault)
-    stop = asyncio.Event()
-    with stop_signals(stop):
-        async with serving_api(settings) as api:
-            await api.until(stop)
+    await run_until_told(functools.partial(_serve, settings))
+
+
+async def _serve(settings: Settings, stop: asyncio.Event, ready: asyncio.Event) -> None:
+    async with serving_api(settings) as api:
+        ready.set()
+        await api.until(stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +116,7 @@ async def serving_api(settings: Settings) -> AsyncIterator[Api]:
             )
         )
         stack.callback(assistants.dismiss)
-        _log.info("api_ready", address=f"http://{settings.host}:{port}", position=str(tail.position()))
+        _log.info("api_ready", address=f"http://{host_in_url(settings.host)}:{port}", position=str(tail.position()))
         yield Api(port, tail, watch)
 
 

@@ -2,22 +2,23 @@
 
 What was there when the export began is exported. Run again, it checks what is there and goes on after the last whole
 segment of each partition, up to the log's end as of now: so an interrupted export is finished, and a finished one
-brought up to date. The segment goes first and then the manifest that names it, so a kill loses one segment at most. A
-finished archive stays one all the while: the ends it promises move on only with the segments that reach them.
+brought up to date. It goes on only where the log still has the last record that the archive has. The segment goes first
+and then the manifest that names it, so a kill loses one segment at most. A finished archive stays one all the while:
+the ends it promises move on only with the segments that reach them.
 """
 
 import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Literal
 
 import zstandard
 
 from schemas.records import StoredRecord
-from services.archive.lines import Gap, Item, written
+from services.archive.lines import DamagedLineError, Gap, Item, read, written
 from services.archive.manifest import ArchiveRefused, Manifest, Segment, checked, load, save
 from services.archive.places import Place
 from services.archive.selecting import Selection
@@ -91,7 +92,10 @@ class Exporter:
                     f"records up to {manifest.reached(partition) - 1}: the log lost its end; keep this export, and "
                     "import it"
                 )
-        return manifest.model_copy(update={"segments": await self._whole(manifest)})
+        manifest = manifest.model_copy(update={"segments": await self._whole(manifest)})
+        for partition in manifest.ends:
+            await self._compare_last(manifest, partition)
+        return manifest
 
     async def _whole(self, manifest: Manifest) -> tuple[Segment, ...]:
         """The segments that are as they were written; those of a partition from the first damaged one on are exported
@@ -111,6 +115,25 @@ class Exporter:
             else:
                 whole.append(segment)
         return tuple(whole)
+
+    async def _compare_last(self, manifest: Manifest, partition: int) -> None:
+        """The last record of a partition that the place holds must be the one that the log has there: a log that lost
+        its end and grew again tells another past from there on, under the same log id."""
+        if not (segments := manifest.of_partition(partition)):
+            return
+        held = await asyncio.to_thread(_last_record, await checked(self.place, segments[-1]), segments[-1])
+        if held is None:
+            return
+        async with aclosing(records_between(self.log, partition, held.offset, held.offset + 1)) as groups:
+            ((found,),) = [records async for records in groups]
+        if self.selection.kind == "erased":  # values may be emptied; key, headers and time never are
+            held, found = replace(held, value=None), replace(found, value=None)
+        if found != held:
+            raise ArchiveRefused(
+                f"partition {partition} of the log has another record at offset {held.offset} than {self.place}: the "
+                "log lost its end and grew again since that was exported; keep this export, it has what was lost, and "
+                "export into another folder"
+            )
 
     async def _export(self, manifest: Manifest, partition: int, wanted: Mapping[int, int]) -> Manifest:
         """What is missing of a partition up to the end that is wanted, segment by segment."""
@@ -196,6 +219,18 @@ class _Lines:
     def _write(self, item: Item) -> None:
         self._lines.append(written(item))
         self.size_bytes += len(self._lines[-1]) + 1
+
+
+def _last_record(data: bytes, segment: Segment) -> StoredRecord | None:
+    """The last record that a segment keeps; None where it keeps none. Raises ArchiveRefused."""
+    try:
+        lines = zstandard.ZstdDecompressor().decompress(data).split(b"\n")[:-1]
+        items = (read(line, segment.partition) for line in reversed(lines))
+        return next((item for item in items if isinstance(item, StoredRecord)), None)
+    except (zstandard.ZstdError, DamagedLineError) as error:
+        raise ArchiveRefused(
+            f"{segment.name} fits its SHA-256 and is no segment all the same ({error}): export into another folder"
+        ) from error
 
 
 def _packed(lines: list[bytes]) -> bytes:

@@ -8,8 +8,8 @@ Each part as a child process: `parts.py`; what is done when one dies: `supervisi
 """
 
 import asyncio
+import errno
 import os
-import socket
 import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -27,7 +27,8 @@ from services.cli.supervision import Parts, Supervisor
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
 from services.embedded.folders import FolderLock, free_ports, lock_folder, make_folder
 from services.lifecycle import stop_signals
-from services.settings import Settings, load
+from services.serving import bound
+from services.settings import Settings, host_in_url, load
 
 SERVICES = ("notifier", "processor", "api")
 """In the order of their start; they are stopped the other way round."""
@@ -226,7 +227,7 @@ async def _start_service(
     say(name, "starting")
     service = await Service.start(
         name,
-        url=f"http://{_reachable(plan.settings.host)}:{port}",
+        url=_url(plan.settings.host, port),
         log_file=plan.data_dir / "logs" / f"{name}.log",
         lock=lock,
         environment=environment,
@@ -293,10 +294,16 @@ def _client() -> httpx.AsyncClient:
 
 
 def is_free(settings: Settings, port: int) -> bool:
+    """Whether a service can listen there. Raises WrongUse where something else than a taken port is in the way."""
     try:
-        socket.create_server((settings.host, port)).close()
-    except OSError:
-        return False
+        bound(settings.host, port).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return False
+        raise WrongUse(
+            f"No service can listen on port {port} of SLUICE_HOST={settings.host!r}: {error.strerror or error}. Set "
+            "SLUICE_HOST to an address of this machine, and choose a port that you may use."
+        ) from error
     return True
 
 
@@ -304,6 +311,7 @@ def _another_port(*, taken: set[int]) -> int:
     return next(port for port in free_ports(len(taken) + 1) if port not in taken)
 
 
-def _reachable(host: str) -> str:
-    """Where a service that listens on every address can be asked from here."""
-    return "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  # compared, not listened on
+def _url(host: str, port: int) -> str:
+    """Where a service that listens there can be asked from here."""
+    every = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared, not listened on
+    return f"http://{host_in_url(every.get(host, host))}:{port}"

@@ -103,7 +103,10 @@ class EmbeddedKafka(EmbeddedServer):
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         arguments = ("format", f"--cluster-id={cluster_id}", "--config", self._write_properties(log_dir=partial))
         code = await run_guarded(
-            (*self._java(), "kafka.tools.StorageTool", *arguments), log_file=self.log_file, lock=lock
+            (*self._java(), "kafka.tools.StorageTool", *arguments),
+            name="kafka.tools.StorageTool",
+            log_file=self.log_file,
+            lock=lock,
         )
         if code != 0:
             raise EmbeddedError(f"Kafka's storage could not be formatted in {partial} (code {code}).")

@@ -98,7 +98,8 @@ class EmbeddedPostgres(EmbeddedServer):
         for folder in unsearchable_parents(self._pgdata, binaries() / "postgres"):
             self._log(f"letting {user.name}, as whom Postgres runs, pass through {folder} (chmod o+x)")
             folder.chmod(stat.S_IMODE(folder.stat().st_mode) | stat.S_IXOTH)
-        if await run_guarded((binaries() / "postgres", "--version"), log_file=self.log_file, lock=lock, user=user) != 0:
+        command, name = (binaries() / "postgres", "--version"), "postgres --version"
+        if await run_guarded(command, name=name, log_file=self.log_file, lock=lock, user=user) != 0:
             raise EmbeddedError(
                 f"Postgres refuses to run as root, and {user.name}, as whom it would run, may not execute "
                 f"{binaries() / 'postgres'}: run Sluice as a user without privileges, or install it where all may read."
@@ -133,7 +134,7 @@ class EmbeddedPostgres(EmbeddedServer):
 
     async def _run(self, lock: FolderLock, program: str, *arguments: str, stdin: Path = Path(os.devnull)) -> None:
         command: list[str | Path] = [binaries() / program, *arguments]
-        code = await run_guarded(command, log_file=self.log_file, lock=lock, user=self._user, stdin=stdin)
+        code = await run_guarded(command, name=program, log_file=self.log_file, lock=lock, user=self._user, stdin=stdin)
         if code != 0:
             raise EmbeddedError(f"{program} ended with code {code} while the Postgres database was made.")
 

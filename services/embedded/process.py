@@ -21,6 +21,7 @@ from services.embedded.errors import EmbeddedError
 from services.embedded.folders import FolderLock
 
 GUARD = Path(__file__).with_name("guard.py")
+HELPER_TIMEOUT_S = 120.0  # initdb and its kind take seconds; a slow disk may make them a minute
 STOP_MARGIN_S = 3.0  # what a guard may take beyond the server's grace before it is killed itself
 # Variables that would change what the servers do; the rest of the caller's environment is passed on as it is.
 FOREIGN_PREFIXES = ("PG", "JAVA_", "_JAVA_", "JDK_JAVA_", "KAFKA_", "CLASSPATH", "LC_", "SLUICE_")
@@ -126,15 +127,25 @@ async def _read_pid(guard: asyncio.subprocess.Process) -> int | None:
 async def run_guarded(
     command: Sequence[str | Path],
     *,
+    name: str,
     log_file: Path,
     lock: FolderLock,
     user: User | None = None,
     stdin: Path = Path(os.devnull),
+    within_s: float = HELPER_TIMEOUT_S,
 ) -> int:
-    """Run a short helper program to its end. Answers its exit code; it dies with us, like a server."""
+    """Run a short helper program to its end. Answers its exit code; it dies with us, like a server.
+
+    Raises EmbeddedError where it does not end `within_s`; then it is killed.
+    """
     process = await GuardedProcess.start(command, log_file=log_file, lock=lock, user=user, stdin=stdin)
     try:
-        return await process.wait()
+        return await asyncio.wait_for(process.wait(), within_s)
+    except TimeoutError as error:
+        raise EmbeddedError(
+            f"{name} did not end within {within_s:g} s, so it was killed: the machine may be too busy, or its disk may "
+            "hang; look at the log, then start again."
+        ) from error
     finally:
         await process.stop()
 

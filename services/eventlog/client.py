@@ -14,6 +14,7 @@ from aiokafka import TopicPartition as Place
 from aiokafka.errors import ProducerClosed
 
 from schemas.records import StoredRecord
+from services.eventlog.protocol import LogRefused
 
 _CANCEL_S = 1.0
 _Connected = TypeVar("_Connected")
@@ -75,6 +76,14 @@ def stored(record: Any) -> StoredRecord:
 def name(place: Place) -> str:
     """A partition as people read it: topic/partition."""
     return f"{place.topic}/{place.partition}"
+
+
+def unreadable(place: Place, offset: int) -> LogRefused:
+    """What is said of a record that aiokafka cannot decode: no other part of one is text."""
+    return LogRefused(
+        f"{name(place)} cannot be read at offset {offset}: a header there has a name that is not UTF-8, so something "
+        "else wrote here: keep it from that, and bring the log back with `sluice log import`"
+    )
 
 
 async def within(step: Awaitable[object], timeout_s: float) -> None:

@@ -28,8 +28,7 @@ async def establish(
     `new_created`: makes the record of a LogCreated, with a new log id or with that of partition 0. Raises LogRefused
     where a first record is something else or of another log, or where an import is unfinished; LogUnavailable.
     """
-    ends = await reader.ends()
-    if ends[0] == 0 and any(ends.values()):
+    if await _lacks_beginning(reader) and await _lacks_beginning(reader):
         raise LogRefused(
             f"{topic}/0 is empty and other partitions are not: it was lost, or an import is unfinished; run "
             "`sluice log import` again, which goes on with it, or begin anew in an empty topic"
@@ -112,6 +111,13 @@ async def _written(reader: LogReader, writer: LogWriter, partition: int, record:
         with contextlib.suppress(LogOutcomeUnknown):  # whether it landed is seen when it is read back
             await writer.append(partition, [record], timeout_s=_APPEND_TIMEOUT_S)
     return first
+
+
+async def _lacks_beginning(reader: LogReader) -> bool:
+    """Whether partition 0 alone is empty, or was a moment ago: brokers are asked one after the other, and who starts at
+    the same time may have written the first records meanwhile. That begins with partition 0, so a second look tells."""
+    ends = await reader.ends()
+    return ends[0] == 0 and any(ends.values())
 
 
 def _check_imports(created: Mapping[int, LogCreated], ends: Mapping[int, int], topic: str) -> None:

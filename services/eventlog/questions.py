@@ -13,7 +13,7 @@ from aiokafka import TopicPartition as Place
 from aiokafka.errors import ConsumerStoppedError, KafkaError
 
 from schemas.records import StoredRecord
-from services.eventlog.client import Renewable, end_consumer, name, stored
+from services.eventlog.client import Renewable, end_consumer, name, stored, unreadable
 from services.eventlog.protocol import LogSettings, LogUnavailable, PartitionBounds, not_there
 
 _Answer = TypeVar("_Answer")
@@ -59,6 +59,8 @@ class Questions:
         try:
             while not (fetched := await consumer.getmany(timeout_ms=self._settings.request_timeout_ms, max_records=1)):
                 pass  # bounded by the caller
+        except UnicodeDecodeError as error:
+            raise unreadable(place, 0) from error
         finally:
             consumer.unsubscribe()
         return stored(fetched[place][0])

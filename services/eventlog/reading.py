@@ -22,7 +22,7 @@ from faststream.kafka import KafkaBroker, TopicPartition
 from faststream.kafka.subscriber.usecase import LogicSubscriber
 
 from schemas.records import StoredRecord
-from services.eventlog.client import Renewable, end_consumer, name, stored
+from services.eventlog.client import Renewable, end_consumer, name, stored, unreadable
 from services.eventlog.protocol import LogError, LogRefused, LogSettings, LogUnavailable, not_there
 from services.eventlog.questions import Questions
 
@@ -148,11 +148,32 @@ class KafkaReader:
         except KafkaError as error:
             self._stand(self._next)  # what aiokafka lost when it raised is fetched again
             raise _refusal(error) from error
+        except UnicodeDecodeError:
+            return await self._before_unreadable(consumer, records_max)
         self._silence.listen(consumer, min(wait_ms, (loop.time() - began) * 1000))
         records = [record for place, found in fetched.items() for record in self._contiguous(place, found)]
         if fetched and not records:
             ((place, found), *_) = fetched.items()
             raise _gap(place, expected=self._next[place.partition], found=found[0].offset)
+        return records
+
+    async def _before_unreadable(self, consumer: Any, records_max: int) -> list[StoredRecord]:
+        """One by one, what aiokafka lost when it met a record it cannot decode; LogRefused where that is the next."""
+        begun = dict(self._next)
+        self._stand(begun)
+        records: list[StoredRecord] = []
+        for partition, place in self._places.items():
+            try:
+                while self._is_known_beyond(consumer, partition) and len(records) < records_max:
+                    fetched = await consumer.getmany(place, timeout_ms=2 * FETCH_WAIT_MS, max_records=1)
+                    if not (fitting := self._contiguous(place, fetched.get(place, ()))):
+                        break
+                    records += fitting
+            except UnicodeDecodeError as error:
+                if self._next[partition] == begun[partition]:
+                    self._stand(begun)
+                    raise unreadable(place, begun[partition]) from error
+                self._stand(self._next)
         return records
 
     def _contiguous(self, place: Place, fetched: Sequence[Any]) -> list[StoredRecord]:
@@ -166,9 +187,10 @@ class KafkaReader:
 
     def _more_is_known(self, consumer: Any) -> bool:
         """Whether the last fetches told of records beyond those they brought."""
-        return any(
-            self._next[partition] < (consumer.highwater(place) or 0) for partition, place in self._places.items()
-        )
+        return any(self._is_known_beyond(consumer, partition) for partition in self._places)
+
+    def _is_known_beyond(self, consumer: Any, partition: int) -> bool:
+        return self._next[partition] < (consumer.highwater(self._places[partition]) or 0)
 
     def _stand(self, offsets: Mapping[int, int]) -> None:
         """Go to these offsets."""
@@ -210,7 +232,7 @@ class KafkaProgressReader:
                 self._silence.begin(self._pull.consumer)
             wait_ms = max(0.0, (deadline - loop.time()) * 1000)
             fetched = await self._pull.consumer.getmany(timeout_ms=wait_ms, max_records=records_max)
-        except (LogError, KafkaError):
+        except (LogError, KafkaError, UnicodeDecodeError):  # the last: a header whose name is not UTF-8
             await self._pull.drop()
             await asyncio.sleep(max(0.0, deadline - loop.time()))
             return []

@@ -18,7 +18,7 @@ from starlette.routing import Route, WebSocketRoute
 from services.auth import Authenticator
 from services.faults import arm
 from services.history import History, Past
-from services.lifecycle import cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.lifecycle import cancelled, closing, run_service, run_until_told, stopwatch
 from services.notifier.followings import Followings
 from services.notifier.hub import Hub, HubLimits
 from services.notifier.origins import Origins
@@ -49,16 +49,7 @@ async def main() -> None:
     settings = load(needs=("jwt_secret|jwks_url",))
     configure_logging(service="notifier", log_format=settings.log_format, log_level=settings.log_level)
     arm(settings.fault)
-    stop, ready = asyncio.Event(), asyncio.Event()
-    with stop_signals(stop):
-        serving_until = asyncio.create_task(_serve(settings, stop, ready), name="notifier")
-        stopping = asyncio.create_task(stop.wait(), name="stop")
-        try:
-            await first_of(serving_until, stopping)
-            if ready.is_set():
-                await serving_until
-        finally:
-            await cancelled(serving_until, stopping)
+    await run_until_told(functools.partial(_serve, settings))
 
 
 async def _serve(settings: Settings, stop: asyncio.Event, ready: asyncio.Event) -> None:
@@ -132,12 +123,20 @@ def _streamed(sessions: Sessions) -> Callable[[Request], Awaitable[Response]]:
     return stream
 
 
+def _behind(tail: Tail, *, lag_max_s: float) -> list[str]:
+    """What it means that the log's end was last seen too long ago, unless it is said why."""
+    if tail.log_problem is None and lag_max_s < (lag_s := tail.lag_s()) < float("inf"):
+        return [f"the log was last read to its end {lag_s:.0f} s ago, so progress is told late"]
+    return []
+
+
 def _served(
     settings: Settings, sessions: Sessions, authenticator: Authenticator, tail: Tail
 ) -> contextlib.AbstractAsyncContextManager[int]:
     def problems() -> list[str]:
         return [
             *tail.problems(),
+            *_behind(tail, lag_max_s=settings.tail_lag_max_s),
             *authenticator.problems(),
             *(["the notifier is stopping"] if sessions.stopping else []),
         ]

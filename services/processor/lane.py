@@ -12,12 +12,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
 from schemas.batch import Batch, Ignored, Upload, completion
-from schemas.errors import WorkCode
 from schemas.events import (
     BatchCompleted,
     BatchEvent,
@@ -31,17 +29,15 @@ from schemas.events import (
 )
 from schemas.ids import new_id
 from schemas.views import rfc3339
-from services.blobs import BlobMissing, BlobStore, LocalFile, StorageUnavailable
+from services.blobs import StorageUnavailable
 from services.database import DatabaseUnavailable
 from services.eventlog import Log, LogOutcomeUnknown, LogUnavailable, LogWriter
 from services.faults import reach
-from services.lifecycle import cancelled
 from services.observability import UPLOADS_WORKED, WORK_SECONDS, logger
 from services.processor import decisions
 from services.processor.projection import GenerationChangedError, LaneLostError, Projected, Projection
-from services.processor.storage import Patience, unreadable
-from services.processor.work.port import Job, WorkCancelled, WorkError, WorkerUnavailable
-from services.processor.work.process import WorkerProcess
+from services.processor.work.port import WorkCancelled, WorkError, WorkerUnavailable
+from services.processor.workbench import Work, Workbench
 
 _log = logger("lane")
 
@@ -57,17 +53,6 @@ def envelope() -> Envelope:
     """A fresh envelope for a fact of this process."""
     now_ms = time.time_ns() // 1_000_000
     return Envelope(id=new_id(now_ms=now_ms, random=os.urandom(9)), source=SOURCE, time=rfc3339(now_ms))
-
-
-@dataclass(slots=True)
-class _Work:
-    """The file in work. `stopped` says why it was stopped from outside: its batch, or `shutdown`; `bringing`: its bytes
-    on their way here."""
-
-    started: UploadStarted
-    upload: Upload
-    stopped: str | None = None
-    bringing: "asyncio.Task[LocalFile] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,29 +73,22 @@ class LaneWorker:
         log: Log,
         writer: LogWriter,
         projection: Projection,
-        blobs: BlobStore,
-        worker: WorkerProcess,
-        scratch: Path,
-        work_timeout_s: float,
+        bench: Workbench,
         may_start: Callable[[], bool],
     ) -> None:
         self.epoch = epoch
+        self.bench = bench
         self._log = log
         self._writer = writer
         self._projection = projection
         self._partition = projection.lane.partition
-        self._blobs = blobs
-        self._worker = worker
-        self._patience = Patience(blobs)
-        self._scratch = scratch
-        self._work_timeout_s = work_timeout_s
         self._may_start = may_start
         self._queue = decisions.Queue()
         self._due: dict[str, Batch] = {}
         self._completing: set[str] = set()
         self._unread: dict[str, BatchEvent] = {}
         self._unread_starts: set[str] = set()
-        self._work: _Work | None = None
+        self._work: Work | None = None
         self.doing: Doing | None = None
         self.steps = 0
         self._stopping = False
@@ -136,17 +114,21 @@ class LaneWorker:
 
     async def load(self) -> None:
         """Begin with what the read models hold; attempts that nobody ended took their worker down with them."""
-        batches, uploads, starts = await self._projection.unended()
-        by_id = {batch.id: batch for batch in batches}
-        for user_id, offset in starts.items():
-            self._queue.started(user_id, offset)
-        for upload in uploads:
-            if upload.status == "processing":
-                self._left_over.append(decisions.crashed(upload, epoch=self.epoch))
-            else:
-                self._place(by_id[upload.batch_id], upload)
-        for batch in batches:
-            self._note_completion(batch)
+        self._queue, self._left_over = decisions.Queue(), []  # Postgres may have gone away in the midst of it before
+        by_id: dict[str, Batch] = {}
+        async with contextlib.aclosing(self._projection.unended()) as pages:
+            async for page in pages:
+                for user_id, offset in page.starts.items():
+                    self._queue.started(user_id, offset)
+                for batch in page.batches:
+                    by_id[batch.id] = batch
+                    self._note_completion(batch)
+                for upload in page.uploads:
+                    if upload.status == "processing":
+                        self._left_over.append(decisions.crashed(upload, epoch=self.epoch))
+                    else:
+                        self._place(by_id[upload.batch_id], upload)
+                await asyncio.sleep(0)
 
     def see(self, projected: Projected) -> None:
         """Take in a fact after it was folded; raises LaneLostError on a newer claim of this lane."""
@@ -182,7 +164,7 @@ class LaneWorker:
             return
         _log.info("own_fact_ignored", type=own.type, batch_id=own.batch_id, reason=str(reason))
         if isinstance(own, UploadStarted) and self._work is not None and self._work.started is own:
-            self._stop_work_of(own.batch_id)
+            self.bench.stop(self._work, why="batch")
 
     def _place(self, batch: Batch, upload: Upload) -> None:
         if upload.status != "queued":
@@ -202,32 +184,33 @@ class LaneWorker:
         else:
             self._due.pop(batch.id, None)
 
-    def _stop_work_of(self, batch_id: str, *, why: str = "batch") -> None:
-        work = self._work
-        if work is not None and work.started.batch_id == batch_id and work.stopped is None:
-            work.stopped = why
-            if work.bringing is not None:
-                work.bringing.cancel()
-            self._cancelling = asyncio.create_task(self._worker.cancel(), name="lane.cancel")
-
-    _cancelling: "asyncio.Task[None]"
+    def _stop_work_of(self, batch_id: str) -> None:
+        if self._work is not None and self._work.started.batch_id == batch_id:
+            self.bench.stop(self._work, why="batch")
 
     # What is done
 
     async def run(self) -> None:
         """Work until `stop`; what an attempt came to, what completes and the next start are one append."""
+        try:
+            await self._go_on()
+        finally:
+            self._ended_work()
+
+    async def _go_on(self) -> None:
         outcomes: list[BatchEvent] = []
         while True:
             self._changed.clear()
             outcomes, self._left_over = [*outcomes, *self._left_over], []
             completions = self._completions(outcomes)
-            chosen = await self._choose()
-            started = [] if chosen is None else [decisions.start(chosen, epoch=self.epoch)]
+            # In work from here on: whoever stops it need not wait until its start is in the log.
+            work = self._work = await self._choose()
+            started = [] if work is None else [work.started]
             if facts := [*outcomes, *completions, *started]:
                 await self._say(facts, ended=bool(outcomes), started=bool(started))
             outcomes = []
-            if chosen is not None:
-                outcomes = await self._attempt(_Work(started[0], chosen))
+            if work is not None:
+                outcomes = await self._attempt(work)
             elif self._stopping:
                 return
             elif not facts:
@@ -237,13 +220,13 @@ class LaneWorker:
         """Start nothing more; let the file in work finish within a few seconds, else give it back unharmed."""
         self._stopping = True
         self._changed.set()
-        deadline = time.monotonic() + FINISH_GRACE_S
-        while (work := self._work) is not None and time.monotonic() < deadline:
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), deadline - time.monotonic())
-            except TimeoutError:
-                self._stop_work_of(work.started.batch_id, why="shutdown")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FINISH_GRACE_S):
+                while self._work is not None:
+                    self._changed.clear()
+                    await self._changed.wait()
+        if self._work is not None:
+            self.bench.stop(self._work, why="shutdown")
         self._changed.set()
 
     async def read_back(self) -> None:
@@ -256,8 +239,8 @@ class LaneWorker:
 
     async def seal_idle(self, before_ms: int) -> None:
         """Seal the open batches that nothing was queued into since `before_ms`."""
-        idle = await self._projection.idle_batches(before_ms)
-        if idle:
+        said = {event.batch_id for event in self._unread.values() if isinstance(event, BatchSealed)}
+        if idle := [batch for batch in await self._projection.idle_batches(before_ms) if batch.id not in said]:
             await self._append([BatchSealed(batch_id=b.id, user_id=b.user_id, reason="idle") for b in idle])
 
     def _completions(self, outcomes: Sequence[BatchEvent]) -> list[BatchCompleted]:
@@ -274,15 +257,15 @@ class LaneWorker:
 
     _work_batch: Batch | None = None
 
-    async def _choose(self) -> Upload | None:
-        """The upload whose turn it is, taken out of the queue; None where nothing waits or nothing may start."""
-        while not self._stopping and self._may_start() and (upload_id := self._queue.next()) is not None:
+    async def _choose(self) -> Work | None:
+        """The upload whose turn it is, taken out of the queue, and its start; None where nothing waits or may start."""
+        while self._starts() and (upload_id := self._queue.next()) is not None:
             try:
                 upload = await self._projection.upload(upload_id)
                 batch = await self._projection.batch(upload.batch_id) if upload else None
             except (DatabaseUnavailable, GenerationChangedError):
                 return None
-            if upload_id not in self._queue:
+            if upload_id not in self._queue or not self._starts():
                 continue
             self._queue.remove(upload_id)
             if upload is None or batch is None or upload.status != "queued":
@@ -291,8 +274,11 @@ class LaneWorker:
             self._unread_starts.add(upload_id)
             self._newest_start = max(self._newest_start + 1, self._projection.lane.next_offset)
             self._queue.started(batch.user_id, self._newest_start)
-            return upload
+            return Work(decisions.start(upload, epoch=self.epoch), upload)
         return None
+
+    def _starts(self) -> bool:
+        return not self._stopping and self._may_start()
 
     async def _say(self, facts: Sequence[BatchEvent], *, ended: bool, started: bool) -> None:
         if ended:
@@ -325,37 +311,36 @@ class LaneWorker:
             else:
                 return
 
-    async def _attempt(self, work: _Work) -> list[BatchEvent]:
+    async def _attempt(self, work: Work) -> list[BatchEvent]:
         started, upload = work.started, work.upload
-        self._work = work
         began = time.monotonic()
         self.doing = Doing(began, started)
         with structlog.contextvars.bound_contextvars(upload_id=upload.id, attempt=started.attempt):
             try:
                 outcomes = await self._outcome(work, began)
             finally:
-                self._work = self.doing = None
-                self._changed.set()
+                self._ended_work()
             outcome = outcomes[0].type.split(".")[1] if outcomes else "stopped"
             WORK_SECONDS.labels(outcome).observe(time.monotonic() - began)
             UPLOADS_WORKED.labels(outcome).inc()
             _log.info("upload_worked", outcome=outcome, filename=upload.filename, ms=_ms_since(began))
         return outcomes
 
-    async def _outcome(self, work: _Work, began: float) -> list[BatchEvent]:
+    def _ended_work(self) -> None:
+        self._work = self.doing = None
+        self._changed.set()
+
+    async def _outcome(self, work: Work, began: float) -> list[BatchEvent]:
         started, upload = work.started, work.upload
         try:
-            result = await self._result(work)
+            result = await self.bench.result(work, on_progress=self._progress(started))
         except WorkCancelled:
             return [decisions.given_back(started, reason="shutdown")] if work.stopped == "shutdown" else []
         except (WorkerUnavailable, StorageUnavailable) as error:
             _log.warning("upload_given_back", reason=str(error))
-            await asyncio.sleep(RETRY_INTERVAL_S)
-            if isinstance(error, WorkerUnavailable) or not await self._patience.ends_with(upload.id):
-                return [decisions.given_back(started, reason=str(error)[:500])]
-            problem = unreadable()
+            return [decisions.given_back(started, reason=str(error)[:500])]
         except WorkError as error:
-            problem = error
+            code, message, final = error.code, error.message, error.final
         else:
             succeeded = UploadSucceeded(
                 batch_id=started.batch_id,
@@ -366,57 +351,8 @@ class LaneWorker:
                 duration_ms=_ms_since(began),
             )
             return [succeeded]
-        code, message, final = problem.code, problem.message, problem.final
         attempt, epoch = started.attempt, self.epoch
         return [decisions.failed(upload, attempt=attempt, epoch=epoch, code=code, message=message, final=final)]
-
-    async def _result(self, work: _Work) -> dict[str, object]:
-        started, upload = work.started, work.upload
-        copied = self._scratch / f"{upload.id}-{started.attempt}"
-        thumbnail = self._scratch / f"{upload.id}-{started.attempt}.jpg"
-        try:
-            job = Job(
-                upload_id=upload.id,
-                batch_id=upload.batch_id,
-                filename=upload.filename,
-                content_type=upload.content_type,
-                size_bytes=upload.size_bytes,
-                sha256=upload.sha256,
-                path=await self._bring(work, to=copied),
-                thumbnail_path=thumbnail,
-            )
-            if work.stopped is not None:
-                raise WorkCancelled
-            result = await self._worker.run(job, on_progress=self._progress(started), timeout_s=self._work_timeout_s)
-            reach("processor.after_work")
-            if thumbnail.exists():
-                await self._blobs.put_file(thumbnail, upload.id, epoch=self.epoch, attempt=started.attempt)
-            return result
-        finally:
-            thumbnail.unlink(missing_ok=True)
-            copied.unlink(missing_ok=True)
-
-    async def _bring(self, work: _Work, *, to: Path) -> Path:
-        """The upload's bytes as a file here, which may be a copy at `to`; given up once the work is stopped."""
-        upload = work.upload
-        work.bringing = asyncio.create_task(self._blobs.bring(upload.blob, to=to), name="lane.bring")
-        try:
-            await asyncio.wait({work.bringing})
-        finally:
-            if not work.bringing.done():
-                await cancelled(work.bringing)
-        if work.bringing.cancelled():
-            raise WorkCancelled
-        try:
-            file = work.bringing.result()
-        except BlobMissing:
-            raise WorkError(WorkCode.BLOB_MISSING, "The stored file is gone.") from None
-        if file.size_bytes != upload.size_bytes:
-            raise WorkError(
-                WorkCode.BLOB_MISSING,
-                f"The stored file has {file.size_bytes} bytes, {upload.size_bytes} were accepted.",
-            )
-        return file.path
 
     def _progress(self, started: UploadStarted) -> Callable[[str, int], None]:
         said: tuple[str, int, float] = ("", -1, 0.0)

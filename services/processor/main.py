@@ -7,6 +7,7 @@ what Postgres holds.
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -26,10 +27,10 @@ from services.blobs import BlobStore
 from services.database import DatabaseUnavailable, ReadModelsGone
 from services.eventlog import LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
 from services.faults import arm, reach
-from services.lifecycle import StartError, cancelled, closing, first_of, run_service, stop_signals, stopwatch
+from services.lifecycle import StartError, cancelled, closing, first_of, run_service, run_until_told, stopwatch
 from services.observability import LOG_LAG, configure_logging, logger
 from services.opening import Stores, open_blobs, open_stores
-from services.processor import storage
+from services.processor import storage, workbench
 from services.processor.clock import LogClock
 from services.processor.health import Health
 from services.processor.lane import APPEND_TIMEOUT_S, LaneWorker, envelope
@@ -76,23 +77,25 @@ async def main() -> None:
     settings = load(needs=("blob_url",))
     configure_logging(service="processor", log_format=settings.log_format, log_level=settings.log_level)
     arm(settings.fault)
-    stop, health = asyncio.Event(), Health()
-    with stop_signals(stop):
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(_serving_health(settings, health))
-            shop = await stack.enter_async_context(_opened(settings))
-            health.degraded, health.work_timeout_s = shop.worker.degraded, settings.work_timeout_s
-            _log.info("processor_ready", partition=settings.partition, log_id=shop.stores.log_id)
-            working = asyncio.create_task(_work_lanes(shop, health, stop), name="lane")
-            stopping = asyncio.create_task(stop.wait(), name="stop")
-            try:
-                await first_of(working, stopping)
-                async with asyncio.timeout(settings.stop_timeout_s):
-                    await working
-            except TimeoutError:
-                _log.warning("stop_took_too_long", seconds=settings.stop_timeout_s)
-            finally:
-                await cancelled(working, stopping)
+    await run_until_told(functools.partial(_serve, settings))
+
+
+async def _serve(settings: Settings, stop: asyncio.Event, ready: asyncio.Event) -> None:
+    health = Health()
+    async with _serving_health(settings, health), _opened(settings) as shop:
+        ready.set()
+        health.degraded, health.work_timeout_s = shop.worker.degraded, settings.work_timeout_s
+        _log.info("processor_ready", partition=settings.partition, log_id=shop.stores.log_id)
+        working = asyncio.create_task(_work_lanes(shop, health, stop), name="lane")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        try:
+            await first_of(working, stopping)
+            async with asyncio.timeout(settings.stop_timeout_s):
+                await working
+        except TimeoutError:
+            _log.warning("stop_took_too_long", seconds=settings.stop_timeout_s)
+        finally:
+            await cancelled(working, stopping)
 
 
 @contextlib.asynccontextmanager
@@ -184,19 +187,19 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> Non
         reach("processor.after_claim")
         projection, epoch = taken
         projection.epoch = epoch
+        bench = workbench.Workbench(
+            shop.worker, shop.blobs, health, scratch=shop.scratch, work_timeout_s=settings.work_timeout_s
+        )
         hand = LaneWorker(
             epoch=epoch,
             log=stores.log,
             writer=writer,
             projection=projection,
-            blobs=shop.blobs,
-            worker=shop.worker,
-            scratch=shop.scratch,
-            work_timeout_s=settings.work_timeout_s,
-            may_start=lambda: lock.held and not health.parts.keys() & {"database", storage.PART},
+            bench=bench,
+            may_start=lambda: lock.held and not health.parts.keys() & {"database", storage.PART, workbench.PART},
         )
         recogniser = Recogniser(reader, topic=settings.log_topic, log_id=stores.log_id)
-        lock.on_change = hand.wake
+        lock.on_change = bench.on_change = hand.wake
         health.projection, health.hand = projection, hand
         if await _unless_stopped(_load(hand, health), stop) is None:
             return
@@ -230,8 +233,9 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
     working = asyncio.create_task(lane.hand.run(), name="lane.work")
     housekeeping = asyncio.create_task(_keep_house(lane, settings.idle_seal_s), name="lane.housekeeping")
     storing = asyncio.create_task(lane.storage.keep(), name="lane.storage")
+    mending = asyncio.create_task(lane.hand.bench.keep(), name="lane.bench")
     stopping = asyncio.create_task(stop.wait(), name="lane.stop")
-    tasks = (reading, flushing, working, housekeeping, storing, stopping)
+    tasks = (reading, flushing, working, housekeeping, storing, mending, stopping)
     try:
         await first_of(*tasks, keeping)
         await lane.hand.stop()
@@ -317,6 +321,9 @@ async def _claim(reader: LogReader, writer: LogWriter, projection: Projection, h
     partition = projection.lane.partition
     while True:
         await _catch_up(reader, projection, health)
+        if health.lane_lock is None or not health.lane_lock.held:  # who lost it answers no newer claim with its own
+            await asyncio.sleep(RETRY_INTERVAL_S)
+            continue
         said = envelope()
         claim = LaneClaimed(worker_id=worker_id, after=projection.lane.epoch)
         try:
@@ -405,7 +412,7 @@ async def _flush(lane: Lane) -> None:
                 await asyncio.sleep(RETRY_INTERVAL_S)
                 continue
             lane.health.back("database")
-            await lane.storage.remove(removed)
+            lane.storage.remove(removed)
             await asyncio.sleep(FLUSH_PAUSE_S)
 
 

@@ -7,7 +7,8 @@ once. Rows are cached only as long as that is true of them; everything SQL store
 """
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from services.lifecycle import StartError
 from services.observability import COMMIT_SECONDS, FACTS_FOLDED, PROJECTED_OFFSET
 
 CACHED_ROWS_MAX = 50_000
+UNENDED_ROWS_MAX = 5_000
 _EFFECTIVE, _IGNORED = FACTS_FOLDED.labels("effective"), FACTS_FOLDED.labels("ignored")
 
 
@@ -57,6 +59,16 @@ class Payload:
     removed: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Unended:
+    """A page of what a lane has to work on: last starts by user, unended batches, or queued and processing uploads. The
+    batch of an upload stands on an earlier page."""
+
+    starts: Mapping[str, int] = field(default_factory=dict)
+    batches: Sequence[Batch] = ()
+    uploads: Sequence[Upload] = ()
+
+
 class Store(Protocol):
     """Where the rows are: Postgres (`rows.Rows`), or the memory of a test. All of it raises DatabaseUnavailable."""
 
@@ -76,8 +88,8 @@ class Store(Protocol):
         """The uploads of these ids that exist."""
         ...
 
-    async def unended(self, partition: int) -> tuple[list[Batch], list[Upload], dict[str, int]]:
-        """Unended batches, their queued and processing uploads, and each user's last start."""
+    def unended(self, partition: int, *, rows_max: int = UNENDED_ROWS_MAX) -> AsyncGenerator[Unended]:
+        """What the lane has to work on, all as of one moment, in pages of so many rows at most."""
         ...
 
     async def idle_batches(self, partition: int, *, before_ms: int) -> list[Batch]:
@@ -153,17 +165,22 @@ class Projection:
             await self._load_batches([batch_id])
             return self._batches[batch_id]
 
-    async def unended(self) -> tuple[list[Batch], list[Upload], dict[str, int]]:
-        """What the lane has to work on: unended batches, their queued and processing uploads, and each user's last
-        start. Everything folded must have been flushed."""
+    async def unended(self) -> AsyncGenerator[Unended]:
+        """What the lane has to work on, page by page. Everything folded must have been flushed. What came is good once
+        the last page came: then nobody else wrote meanwhile."""
         assert not self.dirty
-        found = await self._store.unended(self.lane.partition)
+        async with aclosing(self._store.unended(self.lane.partition)) as pages:
+            async for page in pages:
+                yield page
         await self._check_alone()
-        return found
 
     async def idle_batches(self, before_ms: int) -> list[Batch]:
-        """Open batches into which nothing was queued since `before_ms`."""
-        return await self._store.idle_batches(self.lane.partition, before_ms=before_ms)
+        """Open batches into which nothing was queued since `before_ms`, as folded so far: rows may be older."""
+        found = await self._store.idle_batches(self.lane.partition, before_ms=before_ms)
+        async with self._rows:
+            await self._load_batches([batch.id for batch in found])
+            folded = [self._batches[batch.id] for batch in found]
+        return [batch for batch in folded if batch is not None and _is_idle(batch, before_ms)]
 
     def _decode(self, record: StoredRecord) -> Fact | Undecodable:
         if self.quarantined and (reason := self.quarantined.get(record.offset)) is not None:
@@ -313,3 +330,7 @@ class Projection:
         self._dirty_batches, self._dirty_uploads = {}, {}
         self._next = Payload(lane.next_offset, lane)
         return payload
+
+
+def _is_idle(batch: Batch, before_ms: int) -> bool:
+    return not (batch.sealed or batch.ended or batch.deleted) and batch.last_queued_ms < before_ms

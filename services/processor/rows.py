@@ -7,7 +7,7 @@ mean is not known here; every value came out of `evolve`.
 """
 
 import contextlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -15,12 +15,14 @@ from schemas.batch import Batch, Lane, Upload
 from schemas.position import OFFSET_MAX
 from services.database import (
     BATCH_COLUMN_NAMES,
+    BATCH_COLUMNS,
     BATCH_FIELDS,
     PROJECTED_CHANNEL,
     UPLOAD_COLUMN_NAMES,
     UPLOAD_COLUMNS,
     Database,
     ReadModelsGone,
+    batch_from_row,
     load_batches,
     load_lanes,
     upload_from_row,
@@ -29,7 +31,13 @@ from services.faults import reach
 from services.lifecycle import StartError
 from services.migrating import missing_tables
 from services.observability import RECORDS_QUARANTINED, logger
-from services.processor.projection import GenerationChangedError, LaneLostError, Payload
+from services.processor.projection import (
+    UNENDED_ROWS_MAX,
+    GenerationChangedError,
+    LaneLostError,
+    Payload,
+    Unended,
+)
 
 _log = logger("rows")
 
@@ -103,28 +111,17 @@ class Rows:
             )
         return {row["id"]: upload_from_row(row) for row in rows}
 
-    async def unended(self, partition: int) -> tuple[list[Batch], list[Upload], dict[str, int]]:
-        """What the lane has to work on: unended batches, their queued and processing uploads, and each user's last
-        start."""
-        generation = self.generation
-        async with self._connection() as connection:
-            ids = await connection.fetch(
-                f"SELECT id FROM {generation}.upload_batches "  # noqa: S608  # names are ours
-                "WHERE partition = $1 AND status IN ('pending', 'processing')",
-                partition,
-            )
-            batches = await load_batches(connection, generation, [row["id"] for row in ids])
-            rows = await connection.fetch(
-                f"SELECT {UPLOAD_COLUMNS} FROM {generation}.uploads "  # noqa: S608  # names are ours
-                "WHERE batch_id = ANY($1) AND status IN ('queued', 'processing')",
-                list(batches),
-            )
-            starts = await connection.fetch(
-                f"SELECT user_id, last_started_offset FROM {generation}.user_starts WHERE partition = $1",  # noqa: S608  # ours
-                partition,
-            )
-        uploads = [upload_from_row(row) for row in rows]
-        return list(batches.values()), uploads, {row["user_id"]: row["last_started_offset"] for row in starts}
+    async def unended(self, partition: int, *, rows_max: int = UNENDED_ROWS_MAX) -> AsyncGenerator[Unended]:
+        """What the lane has to work on, all as of one moment, in pages of so many rows at most. However much waits, a
+        page takes a moment only: the time limit of a statement is one of a page."""
+        statements = self._statements
+        async with self._connection() as connection, connection.transaction(isolation="repeatable_read", readonly=True):
+            async for rows in _pages(connection, statements.starts, partition, rows_max=rows_max):
+                yield Unended(starts={row["user_id"]: row["last_started_offset"] for row in rows})
+            async for rows in _pages(connection, statements.unended_batches, partition, rows_max=rows_max):
+                yield Unended(batches=[batch_from_row(row) for row in rows])
+            async for rows in _pages(connection, statements.unended_uploads, partition, rows_max=rows_max):
+                yield Unended(uploads=[upload_from_row(row) for row in rows])
 
     async def idle_batches(self, partition: int, *, before_ms: int) -> list[Batch]:
         """Open batches into which nothing was queued since `before_ms`."""
@@ -291,6 +288,13 @@ class ShadowRows(Rows):
         """It is no news."""
 
 
+async def _pages(connection: Any, query: str, partition: int, *, rows_max: int) -> AsyncGenerator[list[Any]]:
+    """The rows of a query, inside a transaction; the server keeps them until they are asked for."""
+    cursor = await connection.cursor(query, partition)
+    while rows := await cursor.fetch(rows_max):
+        yield rows
+
+
 def _rows_left(generation: str) -> str:
     """Whether any row of a partition is there."""
     tables = ("batch_events", "upload_batches", "deleted_batches", "user_starts")
@@ -311,6 +315,9 @@ class _Statements:
     events: str
     quarantine: str
     user_starts: str
+    starts: str
+    unended_batches: str
+    unended_uploads: str
 
 
 def _statements(generation: str, *, move_if: str, quarantine: str) -> _Statements:
@@ -347,6 +354,18 @@ def _statements(generation: str, *, move_if: str, quarantine: str) -> _Statement
             INSERT INTO {generation}.user_starts (partition, user_id, last_started_offset)
             SELECT $1, * FROM unnest($2::text[], $3::bigint[])
             ON CONFLICT (partition, user_id) DO UPDATE SET last_started_offset = excluded.last_started_offset
+            """,  # noqa: S608
+        starts=f"SELECT user_id, last_started_offset FROM {generation}.user_starts WHERE partition = $1",  # noqa: S608
+        unended_batches=f"""
+            SELECT {BATCH_COLUMNS} FROM {generation}.upload_batches
+            WHERE partition = $1 AND status IN ('pending', 'processing')
+            """,  # noqa: S608
+        unended_uploads=f"""
+            SELECT {UPLOAD_COLUMNS} FROM {generation}.uploads
+            WHERE status IN ('queued', 'processing') AND batch_id IN (
+                SELECT id FROM {generation}.upload_batches
+                WHERE partition = $1 AND status IN ('pending', 'processing')
+            )
             """,  # noqa: S608
     )
 

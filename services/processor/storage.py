@@ -1,8 +1,8 @@
 """The lane and the blob store, beside the work: whether it is there, and the files of what was deleted.
 
 While the store is away nothing is started, so no file is taken up and given back again and again. What was deleted is
-removed some uploads at a time, so that a slow store does not keep the projection waiting; what is missed here, by a
-stop or while the store is away, is left to the sweeper.
+removed some uploads at a time, and while the store is away not at all; the projection never waits for it. What is
+missed here, by a stop or because too many are waiting, is left to the sweeper.
 """
 
 import asyncio
@@ -13,14 +13,17 @@ from typing import TYPE_CHECKING
 from schemas.errors import WorkCode
 from services.blobs import BlobStore, StorageUnavailable
 from services.lifecycle import cancelled, first_of
+from services.observability import logger
 from services.processor.work.port import WorkError
 
 if TYPE_CHECKING:
     from services.processor.health import Health  # which knows the lane, which knows this
 
+_log = logger("storage")
+
 PART = "blobs"
 LOOK_INTERVAL_S = 1.0
-REMOVALS_MAX = 10_000
+REMOVALS_MAX = 100_000
 REMOVED_AT_ONCE = 16
 GIVEN_BACK_MAX = 5
 REMEMBERED_MAX = 1_000
@@ -41,6 +44,9 @@ class Storage:
         self._health = health
         self._on_change = on_change
         self._removals: asyncio.Queue[str] = asyncio.Queue(maxsize=REMOVALS_MAX)
+        self._dropping = False
+        self._there = asyncio.Event()
+        self._there.set()
 
     async def keep(self) -> None:
         """Look and remove, until cancelled."""
@@ -50,18 +56,27 @@ class Storage:
         finally:
             await cancelled(*tasks)
 
-    async def remove(self, upload_ids: Sequence[str]) -> None:
-        """These uploads were deleted: remove their files in a while. Waits only where very many are waiting."""
-        for upload_id in upload_ids:
-            await self._removals.put(upload_id)
+    def remove(self, upload_ids: Sequence[str]) -> None:
+        """These uploads were deleted: remove their files in a while. Where very many are waiting, these are left to the
+        sweeper."""
+        for number, upload_id in enumerate(upload_ids):
+            try:
+                self._removals.put_nowait(upload_id)
+            except asyncio.QueueFull:
+                if not self._dropping:  # said once, until the queue is empty again
+                    _log.warning("removals_left_to_the_sweeper", waiting=REMOVALS_MAX, left=len(upload_ids) - number)
+                self._dropping = True
+                return
 
     async def _watch(self) -> None:
         while True:
             try:
                 await self._blobs.check()
             except StorageUnavailable as error:
+                self._there.clear()
                 self._health.lost(PART, error)
             else:
+                self._there.set()
                 if PART in self._health.parts:
                     self._health.back(PART)
                     self._on_change()
@@ -70,8 +85,10 @@ class Storage:
     async def _remove(self) -> None:
         while True:
             upload_ids = [await self._removals.get()]
+            await self._there.wait()
             while len(upload_ids) < REMOVED_AT_ONCE and not self._removals.empty():
                 upload_ids.append(self._removals.get_nowait())
+            self._dropping = self._dropping and not self._removals.empty()
             await asyncio.gather(*map(self._remove_one, upload_ids))
 
     async def _remove_one(self, upload_id: str) -> None:

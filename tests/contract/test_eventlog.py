@@ -6,6 +6,7 @@ pause or kill the broker, and those about producers and queues, are Kafka's alon
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.record.util import calc_crc32c
 
 from schemas.events import Envelope, LaneClaimed, PreviousLog, encode
 from schemas.records import NewRecord, StoredRecord
@@ -25,10 +27,12 @@ from services.eventlog import (
     Log,
     LogError,
     LogOutcomeUnknown,
+    LogReader,
     LogRefused,
     LogUnavailable,
     RecordTooLarge,
 )
+from services.eventlog.identity import establish, new_created
 from services.eventlog.topics import FACT_SETTINGS, release
 from tests.pausing import paused
 from tests.worlds import (
@@ -455,6 +459,29 @@ async def test_a_log_that_lost_partition_0_is_refused(world: World) -> None:
             await log.ensure_created(partitions=2, source=SOURCE)
 
 
+async def test_a_start_beside_another_does_not_take_its_first_records_for_the_rest_of_a_lost_log(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.make_topic(partitions=2)
+    async with world.open() as log:
+        reader, writer = log.reader([0, 1]), log.writer()
+        ends = reader.ends
+
+        async def written_meanwhile() -> dict[int, int]:
+            """Where partition 0 ends, then what another starter does, then where partition 1 ends."""
+            before = await ends()
+            if before[0] == 0:
+                await writer.append(0, [created(LOG_ID)], timeout_s=10)
+                await writer.append(1, [created(LOG_ID)], timeout_s=10)
+            return {0: before[0], 1: (await ends())[1]}
+
+        monkeypatch.setattr(reader, "ends", written_meanwhile)
+        make = functools.partial(new_created, source=SOURCE)
+        identity = await establish(reader, writer, topic=log.settings.topic, new_created=make)
+
+    assert identity.log_id == LOG_ID
+
+
 async def test_an_import_is_refused_until_it_is_complete(world: World) -> None:
     await world.make_topic(partitions=1)
     previous = PreviousLog(log_id=OTHER_LOG_ID, next_offset=3)
@@ -555,6 +582,63 @@ def test_releases_since_3_7_are_known(produce_version: int, named: str) -> None:
 def test_an_old_release_is_refused() -> None:
     with pytest.raises(LogRefused, match=r"2.8 to 3.6, and Sluice needs 3.7 or newer"):
         release(produce_version=9)
+
+
+# Kafka alone: headers that no client can read
+
+NOT_UTF_8 = b"\xff\xfe"
+
+
+async def append_unreadable(kafka: str, topic: str, *values: bytes) -> None:
+    """One record batch, in partition 0; the last record has a header whose name is not UTF-8."""
+    async with AIOKafkaProducer(bootstrap_servers=kafka) as producer:
+        batch: Any = producer.create_batch()
+        for value in values[:-1]:
+            batch.append(timestamp=None, key=None, value=value, headers=[])
+        batch.append(timestamp=None, key=None, value=values[-1], headers=[("zz", b"")])
+        spoiled = bytearray(batch._build().replace(b"zz", NOT_UTF_8))
+        spoiled[17:21] = calc_crc32c(bytes(spoiled[21:])).to_bytes(4, "big")
+        batch._buffer = bytes(spoiled)
+        await (await producer.send_batch(batch, topic, partition=0))
+
+
+async def read_on(reader: LogReader, read: list[StoredRecord], *, records_min: int) -> None:
+    while len(read) < records_min:
+        read += await reader.read(records_max=100, timeout_ms=SOON_MS)
+
+
+async def test_a_record_that_no_client_can_read_is_refused_by_its_place_after_all_before_it(
+    kafka: str, unique: str
+) -> None:
+    world = OnKafka(kafka, unique)
+    await world.make_topic(partitions=2)
+    async with world.open() as log:
+        await log.writer().append(0, records("a"), timeout_s=10)
+        await log.writer().append(1, records("other lane"), timeout_s=10)
+        await append_unreadable(kafka, unique, b"b", b"unreadable")
+        await log.writer().append(1, records("more"), timeout_s=10)
+        await log.writer().append(0, records("c"), timeout_s=10)
+        reader = log.reader([0, 1])
+        for partition in (0, 1):
+            await reader.seek(partition, 0)
+
+        read: list[StoredRecord] = []
+        with pytest.raises(LogRefused, match=f"{unique}/0 cannot be read at offset 2: a header .* is not UTF-8"):
+            await read_on(reader, read, records_min=6)
+        await reader.seek(0, 3)
+        await read_on(reader, read, records_min=5)
+
+    assert texts([record for record in read if record.partition == 0]) == ["a", "b", "c"]
+    assert texts([record for record in read if record.partition == 1]) == ["other lane", "more"]
+
+
+async def test_a_first_record_that_no_client_can_read_is_refused(kafka: str, unique: str) -> None:
+    world = OnKafka(kafka, unique)
+    await world.make_topic(partitions=1)
+    await append_unreadable(kafka, unique, b"unreadable")
+    async with world.open() as log:
+        with pytest.raises(LogRefused, match=f"{unique}/0 cannot be read at offset 0"):
+            await log.ensure_created(partitions=1, source=SOURCE)
 
 
 # Kafka alone: producers

@@ -1,4 +1,6 @@
-"""The api as its own process: how it starts, stops, and how much memory a large file takes."""
+"""The api as its own process: how it starts, stops, and how much memory a large file takes; and what all services have
+in common, told to stop while they start.
+"""
 
 import asyncio
 import contextlib
@@ -18,16 +20,19 @@ from tests.integration.api_client import JPEG, PATIENCE, SECRET, a_picture
 
 START_TIMEOUT_S = 60
 STOP_TIMEOUT_S = 60
+STOP_SOON_S = 20
 FILE_BYTES = 200_000_000
 GROWTH_BYTES_MAX = 30_000_000
 
 
 @contextlib.asynccontextmanager
-async def api_process(environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
+async def api_process(
+    environment: dict[str, str], *, module: str = "services.api"
+) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.api",
+        module,
         env={**os.environ, **environment},
         stderr=asyncio.subprocess.PIPE,
         limit=2**20,
@@ -58,14 +63,19 @@ def environment(kafka: str, database_url: str, unique: str, tmp_path: Path) -> d
 
 async def until_ready(process: asyncio.subprocess.Process) -> list[str]:
     """The log lines up to the one that says it is ready."""
+    return await until_said(process, "api_ready")
+
+
+async def until_said(process: asyncio.subprocess.Process, words: str) -> list[str]:
+    """The log lines up to the one that says this."""
     lines = []
     async with asyncio.timeout(START_TIMEOUT_S):
         assert process.stderr is not None
         while line := (await process.stderr.readline()).decode():
             lines.append(line)
-            if "api_ready" in line:
+            if words in line:
                 return lines
-    raise AssertionError("it ended before it was ready:\n" + "".join(lines))
+    raise AssertionError(f"it ended before it said {words}:\n" + "".join(lines))
 
 
 def client(environment: dict[str, str]) -> httpx.AsyncClient:
@@ -75,6 +85,10 @@ def client(environment: dict[str, str]) -> httpx.AsyncClient:
         trust_env=False,
         timeout=60,
     )
+
+
+def scratch_folders(folder: Path) -> list[Path]:
+    return list(folder.glob("sluice-work-*"))
 
 
 async def until_nobody_listens(environment: dict[str, str]) -> None:
@@ -151,6 +165,30 @@ async def test_sigterm_lets_the_request_under_way_end(environment: dict[str, str
         code = await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
 
         assert (answer.status_code, code) == (202, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("service", ["api", "processor", "notifier"])
+async def test_a_stop_is_heard_while_a_part_is_waited_for(service: str, number: signal.Signals, tmp_path: Path) -> None:
+    nobody, *own = free_ports(4)
+    environment = {
+        "SLUICE_KAFKA_BOOTSTRAP_SERVERS": f"127.0.0.1:{nobody}",
+        "SLUICE_DATABASE_URL": f"postgresql://sluice@127.0.0.1:{nobody}/sluice",
+        "SLUICE_BLOB_URL": (tmp_path / "blobs").as_uri(),
+        "SLUICE_JWT_SECRET": SECRET,
+        **{f"SLUICE_{name}_PORT": str(port) for name, port in zip(("API", "PROCESSOR", "NOTIFIER"), own, strict=True)},
+        "TMPDIR": str(tmp_path),
+    }
+
+    async with api_process(environment, module=f"services.{service}") as process:
+        await until_said(process, "waiting_for_part")
+        process.send_signal(number)
+        _, errors = await asyncio.wait_for(process.communicate(), STOP_SOON_S)
+
+    assert process.returncode == 0
+    assert "stopped_while_starting" in errors.decode()
+    assert "Traceback" not in errors.decode()
+    assert scratch_folders(tmp_path) == []
 
 
 async def test_what_is_missing_stops_the_start_with_a_line_each(environment: dict[str, str]) -> None:

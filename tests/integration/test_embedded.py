@@ -20,8 +20,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import MessageSizeTooLargeError, UnknownTopicOrPartitionError
 
 from services.embedded import EmbeddedError, EmbeddedKafka, EmbeddedPostgres, jars
-from services.embedded.folders import free_ports
+from services.embedded.folders import free_ports, lock_folder
 from services.embedded.locked import KAFKA_VERSION
+from services.embedded.process import run_guarded
 from services.embedded.server import EmbeddedServer
 
 if TYPE_CHECKING:
@@ -422,6 +423,17 @@ async def test_stopping_twice_is_stopping_once(data_dir: Path) -> None:
 
     async with EmbeddedPostgres(data_dir=data_dir):
         pass
+
+
+async def test_a_helper_that_hangs_is_ended_and_named(data_dir: Path) -> None:
+    lock = await lock_folder(data_dir)
+    before = set(psutil.Process().children(recursive=True))
+
+    with pytest.raises(EmbeddedError, match=r"initdb did not end within 0\.5 s, so it was killed: .* start again"):
+        await run_guarded(["sleep", "600"], name="initdb", log_file=data_dir / "helper.log", lock=lock, within_s=0.5)
+
+    assert set(psutil.Process().children(recursive=True)) <= before
+    lock.release()
 
 
 # Helpers

@@ -330,6 +330,19 @@ async def test_a_topic_that_is_replaced_under_running_services_ends_them_with_th
         assert "`sluice log import`" in sentence
 
 
+async def test_a_notifier_whose_tail_is_behind_is_not_ready(settings: Settings) -> None:
+    told = settings.model_copy(update={"notifier_port": 0})
+    hasty = told.model_copy(update={"tail_lag_max_s": 0.001})  # the end is looked at but twice a second
+
+    async with notifying(told) as patient, notifying(hasty) as behind:
+        (late,) = await problems_of(f"http://127.0.0.1:{behind.port}", one_says("the log was last read to its end"))
+        await patient.tail.caught_up()
+        well = await problems_of(f"http://127.0.0.1:{patient.port}", nothing)
+
+    assert late.endswith(" s ago, so progress is told late")
+    assert well == []
+
+
 async def test_a_log_that_is_cut_and_settings_that_go_wrong_under_a_running_api_are_said(
     lane: Lane, settings: Settings, admin: AIOKafkaAdminClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -296,6 +296,23 @@ async def test_where_no_child_can_be_started_the_reason_is_told():
     await _all_gone()
 
 
+async def test_where_no_child_could_be_had_one_is_warm_again_as_soon_as_it_can_be_started(worker, ask):
+    await ask(worker, "hello")
+    handlers = worker._start_message["handlers"]
+    worker._start_message["handlers"] = {"deadly": "tests.work_handlers:deadly"}
+    for child in (worker._current, worker._spare):
+        await (await child).kill()
+
+    with pytest.raises(WorkerUnavailable):
+        await ask(worker, "hello")
+    with pytest.raises(WorkerUnavailable, match="exit code 3"):
+        await worker.warm()
+    worker._start_message["handlers"] = handlers
+    await worker.warm()
+
+    assert "pid" in await ask(worker, "hello")
+
+
 async def test_stopping_does_not_wait_for_a_child_that_is_still_warming_up():
     worker = WorkerProcess(handlers={"endless": "tests.work_handlers:endless"})
     starting = asyncio.create_task(worker.start())

@@ -1,26 +1,29 @@
 """An archive's format and what it keeps of a log, without a server; see tests/integration/test_archive.py."""
 
+import dataclasses
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.events import Erased, Fact, PreviousLog, decode
+from schemas.events import Erased, Fact, LogEvent, PreviousLog, decode
 from schemas.ids import derived_id
 from schemas.position import Position
 from schemas.records import StoredRecord
 from services.archive import lines
+from services.archive.exporting import Exporter
 from services.archive.lines import DamagedLineError, Gap
 from services.archive.manifest import MANIFEST, ArchiveRefused, Manifest, Segment, checked, load, save
 from services.archive.places import Bucket, Folder, PlaceUnavailable, place_of
-from services.archive.selecting import Erasure, Slice
+from services.archive.selecting import Erasure, Selection, Slice, Whole
 from services.cli import archives
 from services.cli.errors import WrongUse
-from services.eventlog import LogIdentity
+from services.eventlog import LogIdentity, LogSettings
 from services.eventlog.identity import random_log_id
+from services.eventlog.topics import TopicFound
 from tests.examples import (
     BATCH,
     LOG_ID,
@@ -31,12 +34,14 @@ from tests.examples import (
     UPLOAD,
     USER,
     a_batch_created,
+    a_batch_sealed,
     a_finished_batch,
     a_lane_claimed,
     an_id,
     an_upload_queued,
     records_of,
 )
+from tests.fakes import FakeKafka, FakeLog, FakePartition, FakeTopic
 
 MAYBE_BYTES = st.none() | st.binary(max_size=40)
 RECORDS = st.builds(
@@ -213,6 +218,81 @@ async def test_an_erasure_empties_a_users_batches_whole_and_what_the_user_tried_
     assert silenced.value == f'{{"erased":true,"batch_id":"{BATCH}"}}'.encode()
     assert wanted.of is not None
     assert USER not in wanted.of
+
+
+# Going on with an export that was begun before
+
+
+class LaneInMemory(FakeLog):
+    """What an export asks of a log; `records` may be changed by hand."""
+
+    def __init__(self, *events: LogEvent) -> None:
+        self.records = records_of(*events)
+        kafka = FakeKafka()
+        kafka.topics["log"] = FakeTopic({}, [FakePartition(self.records)])
+        super().__init__(kafka, LogSettings(bootstrap_servers="memory", topic="log", progress_topic="progress"))
+
+    async def inspect(self) -> TopicFound:
+        return TopicFound(1, None)
+
+    async def identify(self) -> str:
+        return LOG_ID
+
+    async def exported(self, folder: Path, selection: Selection) -> Manifest:
+        exporter = Exporter(
+            self,  # type: ignore[arg-type]  # as much of a log as is asked for
+            Folder(folder),
+            selection,
+            lambda _: None,
+        )
+        return await exporter.run()
+
+
+KEPT = (*OPENING, a_batch_created(OTHER_BATCH, user_id=OTHER_USER), a_batch_created())
+SELECTIONS = (Whole, lambda: Slice(BATCH), lambda: Erasure(USER), lambda: Erasure(OTHER_USER))
+selected = pytest.mark.parametrize(
+    "selection", SELECTIONS, ids=["whole", "slice", "erasure of the last", "erasure of another"]
+)
+
+
+@selected
+async def test_an_export_is_not_continued_from_a_log_that_lost_its_end_and_grew_again(
+    tmp_path: Path, selection: Callable[[], Selection]
+) -> None:
+    before = await LaneInMemory(*KEPT, an_upload_queued()).exported(tmp_path, selection())
+    regrown = LaneInMemory(*KEPT, an_upload_queued(OTHER_UPLOAD), a_batch_sealed())
+    headers = tuple(
+        (name, an_id("another").encode() if name == "ce_id" else value) for name, value in regrown.records[4].headers
+    )
+    regrown.records[4] = dataclasses.replace(regrown.records[4], headers=headers)
+
+    with pytest.raises(ArchiveRefused, match=r"partition 0 of the log has another record at offset 4 than .* into ano"):
+        await regrown.exported(tmp_path, selection())
+
+    assert await load(Folder(tmp_path)) == before
+
+
+@selected
+async def test_an_export_is_continued_from_a_log_that_only_grew(
+    tmp_path: Path, selection: Callable[[], Selection]
+) -> None:
+    before = await LaneInMemory(*KEPT, an_upload_queued()).exported(tmp_path, selection())
+    grown = LaneInMemory(*KEPT, an_upload_queued(), a_batch_sealed(OTHER_BATCH, user_id=OTHER_USER), a_batch_sealed())
+
+    after = await grown.exported(tmp_path, selection())
+
+    assert (before.ends, after.ends) == ({0: 5}, {0: 7})
+    assert after.segments[:1] == before.segments
+    assert after.finished
+
+
+async def test_an_export_is_continued_where_what_it_has_last_is_erased_by_now(tmp_path: Path) -> None:
+    early = (*OPENING, a_batch_created(OTHER_BATCH), an_upload_queued())
+    await LaneInMemory(*early).exported(tmp_path, Erasure(USER))
+
+    after = await LaneInMemory(*early, a_batch_created()).exported(tmp_path, Erasure(USER))
+
+    assert after.ends == {0: 5}
 
 
 # Positions of a log that was imported

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from tests.examples import (
     EPOCH,
     LOG_ID,
     OPENING,
+    OTHER_BATCH,
     OTHER_UPLOAD,
     OTHER_USER,
     UPLOAD,
@@ -47,6 +48,7 @@ from tests.faults.checking import (
     Settled,
     Stream,
     Usage,
+    attempts,
     violations,
 )
 from tests.faults.checking.folded import FoldedLog, Told, fold_again
@@ -609,3 +611,162 @@ def test_a_batch_that_is_never_completed_is_caught() -> None:
     history.operations.clear()
 
     assert violations(history) == [f"batch {BATCH}: every upload ended, and it was never completed"]
+
+
+# How often files were tried
+
+ONE_QUEUED = (*OPENING, a_batch_created(), an_upload_queued())
+TWO_QUEUED = (*ONE_QUEUED, a_batch_created(OTHER_BATCH), an_upload_queued(OTHER_UPLOAD, OTHER_BATCH))
+OTHER_WORKED = (
+    an_upload_started(OTHER_UPLOAD, OTHER_BATCH),
+    an_upload_succeeded(OTHER_UPLOAD, OTHER_BATCH),
+)
+FAILED_ONCE = (an_upload_started(), an_upload_attempt_failed())
+
+
+def said_of_attempts(*events: LogEvent, effective: Sequence[int] = (), copies: Mapping[int, int] | None = None) -> str:
+    """What the checker says of the attempts in a log, where the services call the facts at these offsets effective,
+    whatever the fold says. `copies`: offset → that of the record of which a late copy stands there."""
+    records = records_of(*events)
+    for at_offset, of in (copies or {}).items():
+        records[at_offset] = dataclasses.replace(records[of], offset=at_offset)
+    folded = fold_again(records)
+    history = Evidence(records=records)
+    history.rows.verdicts = {place: reason for place, reason in folded.reasons.items() if folded.facts[place].batch_id}
+    history.rows.verdicts.update({(0, offset): None for offset in effective})
+    return "\n".join(attempts.violations(history, folded))
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        CRASHED_AND_DONE,
+        (*TWO_QUEUED, an_upload_started(), a_batch_cancelled(), *OTHER_WORKED),
+        (*TWO_QUEUED, an_upload_started(), a_batch_deleted(), *OTHER_WORKED),
+        (
+            *TWO_QUEUED,
+            an_upload_started(),
+            a_lane_claimed(after=EPOCH),  # 7
+            an_upload_attempt_failed(epoch=7),
+            an_upload_started(OTHER_UPLOAD, OTHER_BATCH, epoch=7),
+        ),
+        (
+            *ONE_QUEUED,
+            *FAILED_ONCE,
+            an_upload_started(attempt=2),
+            an_upload_interrupted(attempt=2),
+            an_upload_started(attempt=2),
+            an_upload_failed(attempt=2),
+            an_upload_retried(),
+            an_upload_started(attempt=3),
+            an_upload_attempt_failed(attempt=3),
+            an_upload_started(attempt=4),
+            an_upload_succeeded(attempt=4),
+        ),
+    ],
+    ids=["crash and zombie", "cancelled in work", "deleted in work", "crashed", "four attempts of two queueings"],
+)
+def test_attempts_that_went_well_pass(events: tuple[LogEvent, ...]) -> None:
+    assert said_of_attempts(*events) == ""
+
+
+def test_a_late_copy_of_a_start_that_is_given_back_again_passes() -> None:
+    given_back = (an_upload_started(), an_upload_interrupted())
+    other = an_upload_started(OTHER_UPLOAD, OTHER_BATCH)
+
+    said = said_of_attempts(*TWO_QUEUED, *given_back, other, *given_back, *OTHER_WORKED[1:], copies={9: 6})
+
+    assert said == ""
+
+
+@pytest.mark.parametrize(
+    ("events", "effective", "said"),
+    [
+        (
+            (
+                *ONE_QUEUED,
+                *FAILED_ONCE,
+                an_upload_started(attempt=2),
+                an_upload_attempt_failed(attempt=2),
+                an_upload_started(attempt=3),
+                an_upload_failed(attempt=3),
+            ),
+            [],
+            f"UploadFailed at 0-9 ends attempt 3 of one queueing of upload {UPLOAD}, at most 2 are made",
+        ),
+        (
+            (*TWO_QUEUED, an_upload_started(), *OTHER_WORKED),
+            [],
+            f"UploadStarted at 0-7 begins upload {OTHER_UPLOAD} while the lane works on upload {UPLOAD}",
+        ),
+        (
+            (
+                *TWO_QUEUED,
+                an_upload_started(),
+                a_batch_cancelled(OTHER_BATCH),
+                a_batch_created(THIRD),
+                an_upload_queued(an_id("third file"), THIRD),
+                an_upload_started(an_id("third file"), THIRD),
+            ),
+            [],
+            f"UploadStarted at 0-10 begins upload {an_id('third file')} while the lane works on upload {UPLOAD}",
+        ),
+        (
+            (*ONE_QUEUED, an_upload_started(), an_upload_started()),
+            [5],
+            f"UploadStarted at 0-5 begins upload {UPLOAD}, whose attempt 1 is in work",
+        ),
+        (
+            (*ONE_QUEUED, *FAILED_ONCE, an_upload_started(attempt=3), an_upload_succeeded(attempt=3)),
+            [6, 7],
+            "UploadStarted at 0-6 is of attempt 3, and 1 ended before it",
+        ),
+        (
+            (*ONE_QUEUED, *FAILED_ONCE, an_upload_started(), an_upload_succeeded()),
+            [6, 7],
+            "UploadStarted at 0-6 is of attempt 1, and 1 ended before it",
+        ),
+        (
+            (*ONE_QUEUED, an_upload_started(), an_upload_interrupted(), an_upload_started(attempt=2)),
+            [6],
+            "UploadStarted at 0-6 is of attempt 2, and 0 ended before it",
+        ),
+        (
+            (*ONE_QUEUED, an_upload_started(), an_upload_failed(), an_upload_retried(), an_upload_started()),
+            [7],
+            "UploadStarted at 0-7 is of attempt 1, and 1 ended before it",
+        ),
+        (
+            (*ONE_QUEUED, an_upload_succeeded()),
+            [4],
+            f"UploadSucceeded at 0-4 ends attempt 1 of upload {UPLOAD}, which is not in work",
+        ),
+        (
+            (*ONE_QUEUED, an_upload_started(), an_upload_interrupted(), an_upload_failed()),
+            [6],
+            f"UploadFailed at 0-6 ends attempt 1 of upload {UPLOAD}, which is not in work",
+        ),
+    ],
+    ids=[
+        "three attempts",
+        "two files at once",
+        "two files at once after another batch was cancelled",
+        "started twice",
+        "a number left out",
+        "a number used again",
+        "the next number after an interruption",
+        "numbered anew after a retry",
+        "ended without a start",
+        "ended after it was given back",
+    ],
+)
+def test_attempts_that_nobody_may_make_are_caught(
+    events: tuple[LogEvent, ...], effective: Sequence[int], said: str
+) -> None:
+    assert said in said_of_attempts(*events, effective=effective)
+
+
+def test_attempts_are_part_of_what_is_looked_for() -> None:
+    history = a_history(*TWO_QUEUED, an_upload_started(), *OTHER_WORKED)
+
+    assert any("while the lane works on upload" in sentence for sentence in violations(history))

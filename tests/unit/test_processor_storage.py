@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.blobs import StorageUnavailable
 from services.lifecycle import cancelled
@@ -73,11 +74,51 @@ async def test_what_was_deleted_is_removed_some_uploads_at_a_time_and_a_failure_
     upload_ids = [*(str(number) for number in range(40)), LAST]
 
     async with kept(storage):
-        await storage.remove(["stubborn", *upload_ids])
+        storage.remove(["stubborn", *upload_ids])
         await asyncio.wait_for(blobs.last_removed.wait(), WAIT_S)
 
     assert blobs.removed == upload_ids
     assert blobs.removing_most == REMOVED_AT_ONCE
+
+
+async def test_nothing_is_asked_of_a_store_that_is_away_until_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.processor.storage.LOOK_INTERVAL_S", 0.01)
+    blobs = Blobs()
+    blobs.away = "s3://bucket cannot be reached"
+    storage = Storage(blobs, Health(), lambda: None)  # type: ignore[arg-type]  # as much of a store as is asked for
+    upload_ids = [*(str(number) for number in range(40)), LAST]
+
+    async with kept(storage):
+        await asyncio.wait_for(blobs.checked.wait(), WAIT_S)
+        storage.remove(upload_ids)
+        for _ in range(2):
+            blobs.checked.clear()
+            await asyncio.wait_for(blobs.checked.wait(), WAIT_S)
+        while_away = blobs.removed[:]
+        blobs.away = None
+        await asyncio.wait_for(blobs.last_removed.wait(), WAIT_S)
+
+    assert (while_away, blobs.removed) == ([], upload_ids)
+
+
+async def test_more_removals_than_can_wait_are_left_to_the_sweeper_and_keep_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("services.processor.storage.REMOVALS_MAX", 20)
+    blobs = Blobs()
+    storage = Storage(blobs, Health(), lambda: None)  # type: ignore[arg-type]  # as much of a store as is asked for
+    kept_ids, left = [*(str(number) for number in range(19)), LAST], [f"left {number}" for number in range(30)]
+
+    with capture_logs() as said:
+        storage.remove([*kept_ids, *left])
+        storage.remove(left)
+        async with kept(storage):
+            await asyncio.wait_for(blobs.last_removed.wait(), WAIT_S)
+            storage.remove(["one more", *kept_ids, *left])
+
+    assert [each["event"] for each in said] == ["removals_left_to_the_sweeper"] * 2
+    assert said[0]["left"] == len(left)
+    assert blobs.removed[:20] == kept_ids
 
 
 async def test_a_file_that_cannot_be_read_again_and_again_is_to_blame_itself() -> None:

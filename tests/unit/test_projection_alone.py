@@ -49,7 +49,7 @@ async def test_a_batch_is_not_shown_as_another_left_it() -> None:
     with pytest.raises(LaneLostError):
         await late.batch(BATCH)
     with pytest.raises(LaneLostError):
-        await late.unended()
+        _ = [page async for page in late.unended()]
 
 
 async def test_the_same_facts_written_by_another_are_settled() -> None:

@@ -74,6 +74,10 @@ class WorkerProcess:
         self.degraded = tuple(f"the handler {name!r} is not running: {why}" for name, why in sorted(failures.items()))
         self._spare = self._spawn()
 
+    async def warm(self) -> None:
+        """Returns when there is a warm child again; raises WorkerUnavailable."""
+        await self._warm_child()
+
     async def run(self, job: Job, *, on_progress: OnProgress, timeout_s: float) -> dict[str, Any]:
         """The contract's result of one file. `on_progress` is called with (stage, percent) as the work reports them.
 

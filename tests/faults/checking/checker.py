@@ -2,8 +2,8 @@
 
 What a service claims is never taken for granted: facts are folded again here, and how often an upload ended is counted
 from what the read models call effective, without the fold. Where the log itself has gaps nothing else can be told.
-The rest stands beside: what clients asked for (`promises`), what the tables hold (`tables`), what streams told
-(`streams`), how the processes did (`processes`).
+The rest stands beside: how often files were tried (`attempts`), what clients asked for (`promises`), what the tables
+hold (`tables`), what streams told (`streams`), how the processes did (`processes`).
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from schemas.events import (
     UploadSucceeded,
 )
 from schemas.records import StoredRecord
-from tests.faults.checking import processes, promises, streams, tables
+from tests.faults.checking import attempts, processes, promises, streams, tables
 from tests.faults.checking.folded import FoldedLog, Place, fold_again
 from tests.faults.checking.history import Evidence
 
@@ -35,6 +35,7 @@ def violations(evidence: Evidence) -> list[str]:
         *_verdicts(evidence, folded),
         *_epochs(evidence, folded),
         *_outcomes(evidence, folded),
+        *attempts.violations(evidence, folded),
         *promises.violations(evidence, folded),
         *tables.violations(evidence, folded),
         *streams.violations(evidence, folded),
@@ -68,10 +69,10 @@ def _verdicts(evidence: Evidence, folded: FoldedLog) -> Iterator[str]:
         if fact.batch_id is None:
             continue
         if place not in verdicts:
-            yield f"{_named(folded, place)} does not stand in batch_events"
+            yield f"{folded.named(place)} does not stand in batch_events"
         elif verdicts[place] != folded.reasons[place]:
             yield (
-                f"{_named(folded, place)} is {verdicts[place] or 'effective'} in batch_events, "
+                f"{folded.named(place)} is {verdicts[place] or 'effective'} in batch_events, "
                 f"the fold says {folded.reasons[place] or 'effective'}"
             )
     for place in verdicts.keys() - folded.facts.keys():
@@ -84,37 +85,29 @@ def _verdicts(evidence: Evidence, folded: FoldedLog) -> Iterator[str]:
         yield f"the record {partition}-{offset} is {where}"
 
 
-def _effective(evidence: Evidence, folded: FoldedLog) -> Iterator[Place]:
-    """Where the facts stand that the services call effective, in log order; of claims the fold decides."""
-    for place, fact in folded.facts.items():
-        claimed = folded.reasons[place] if fact.batch_id is None else evidence.rows.verdicts.get(place, "unknown")
-        if claimed is None:
-            yield place
-
-
 def _epochs(evidence: Evidence, folded: FoldedLog) -> Iterator[str]:
     newest: dict[int, int | None] = defaultdict(lambda: None)
-    for place in _effective(evidence, folded):
+    for place in folded.called_effective(evidence.rows.verdicts):
         event = folded.facts[place].event
         if isinstance(event, LaneClaimed):
             if event.after != newest[place[0]]:
-                yield f"{_named(folded, place)} supersedes epoch {event.after}, the newest is {newest[place[0]]}"
+                yield f"{folded.named(place)} supersedes epoch {event.after}, the newest is {newest[place[0]]}"
             newest[place[0]] = place[1]
         elif isinstance(event, OfAttempt) and event.epoch != newest[place[0]]:
-            yield f"{_named(folded, place)} is effective with epoch {event.epoch}, the newest is {newest[place[0]]}"
+            yield f"{folded.named(place)} is effective with epoch {event.epoch}, the newest is {newest[place[0]]}"
 
 
 def _outcomes(evidence: Evidence, folded: FoldedLog) -> Iterator[str]:
     """Per queueing one effective outcome: no second, and none missing unless the batch was cancelled or deleted."""
     waiting: dict[str, Place] = {}
-    for place in _effective(evidence, folded):
+    for place in folded.called_effective(evidence.rows.verdicts):
         event = folded.facts[place].event
         if isinstance(event, UploadQueued | UploadRetried):
             if event.upload_id in waiting:
-                yield f"{_named(folded, place)} is effective while the upload waits since {waiting[event.upload_id]}"
+                yield f"{folded.named(place)} is effective while the upload waits since {waiting[event.upload_id]}"
             waiting[event.upload_id] = place
         elif isinstance(event, UploadSucceeded | UploadFailed) and waiting.pop(event.upload_id, None) is None:
-            yield f"{_named(folded, place)} is a second outcome of upload {event.upload_id}"
+            yield f"{folded.named(place)} is a second outcome of upload {event.upload_id}"
     for upload_id, place in waiting.items():
         batch_id = folded.facts[place].batch_id
         batch = folded.state.batches.get(batch_id or "")
@@ -123,7 +116,3 @@ def _outcomes(evidence: Evidence, folded: FoldedLog) -> Iterator[str]:
     for batch in folded.state.batches.values():
         if batch.completable:
             yield f"batch {batch.id}: every upload ended, and it was never completed"
-
-
-def _named(folded: FoldedLog, place: Place) -> str:
-    return f"the log: {folded.facts[place].event.type.split('.')[1]} at {place[0]}-{place[1]}"

@@ -1,7 +1,7 @@
 """The log folded once more, by the checker: each fact with what it meant, and each batch's counts after every one."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,16 @@ class FoldedLog:
 
     def effective(self) -> Iterable[Fact]:
         return (fact for place, fact in self.facts.items() if self.reasons[place] is None)
+
+    def called_effective(self, verdicts: Mapping[Place, str | None]) -> Iterator[Place]:
+        """Where the facts stand that the services call effective, in log order; of claims the fold decides."""
+        for place, fact in self.facts.items():
+            claimed = self.reasons[place] if fact.batch_id is None else verdicts.get(place, "unknown")
+            if claimed is None:
+                yield place
+
+    def named(self, place: Place) -> str:
+        return f"the log: {self.facts[place].event.type.split('.')[1]} at {place[0]}-{place[1]}"
 
     def batches_of(self, user_id: str) -> list[str]:
         """All batches of a user, the deleted ones too."""

@@ -320,6 +320,10 @@ class SimulatedWorker:
             self._idle.set()
         return {"kind": "image", "format": "jpeg", "sha256": job.sha256}
 
+    async def warm(self) -> None:
+        async with self._world.calling("work", WorkerUnavailable):
+            """There is one."""
+
     async def cancel(self) -> None:
         if self._cancelling is not None and not self._cancelling.done():
             self._cancelling.set_result(None)

@@ -209,8 +209,9 @@ class World:
         """Come by a point: wait a little, then fail, die, or go on; returns what the caller is to bring about."""
         node = NODE.get()
         fault = self._fault(node, name, when)
-        if when == "before" or self.delays.random() < 0.3:
-            await asyncio.sleep(self._delay_s())
+        delay_s = self._delay_s() if when == "before" or self.delays.random() < 0.3 else None
+        if delay_s is not None and fault != "crash":  # who dies here does so, though the call be given up
+            await asyncio.sleep(delay_s)
         if fault is None:
             return None
         self.tell(f"{fault} {when} {name}")
