@@ -25,7 +25,9 @@ _BUCKET_URL = re.compile(
 _ENDPOINT = re.compile(r"https?://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[\w./-]*)?", re.ASCII)
 _HOST = r"(?:[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|\[[0-9A-Fa-f:.]+\])"
 _KAFKA_ADDRESS = re.compile(rf"{_HOST}(?::(\d{{1,5}}))?", re.ASCII)
-_WEB_URL = re.compile(r"https?://(?:[^\s/?#@]*@)?(?:[^\s/?#@:\[\]]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(?:[/?#]\S*)?")
+_WEB_URL = re.compile(
+    r"(?i:https?)://(?:[^\s/?#@]*@)?(?:[^\s/?#@:\[\]]+|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?(?:[/?#]\S*)?"
+)
 _TOPIC = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}", re.ASCII)
 _PORT_MAX = 65_535
 _ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/?#\s@,]+", re.ASCII)
@@ -154,7 +156,8 @@ class Settings(BaseSettings):
         return self
 
     def _complaints_about_kafka(self) -> Iterator[str]:
-        for address in self.kafka_bootstrap_servers.split(","):
+        addresses = self.kafka_bootstrap_servers.strip().removesuffix(",").split(",")
+        for address in addresses:
             if not _matches(_KAFKA_ADDRESS, address.strip()):
                 form = f"of the form host:port, with a port from 1 to {_PORT_MAX}"
                 yield f"SLUICE_KAFKA_BOOTSTRAP_SERVERS names {address!r}, which is not {form}"

@@ -92,6 +92,8 @@ async def _post_filled_batch(request: Request, caller: Caller, key: RequestKey |
     async with contextlib.AsyncExitStack() as stack:
         known = await stack.enter_async_context(resources.tail.hold(batch_id))
         batch, uploads = (known.batch, known.uploads) if known else (None, {})
+        if batch is not None and batch.deleted:
+            raise decisions.not_found("batch")
         limits = decisions.limits_of(batch) if batch else resources.limits
         intake = await stack.enter_async_context(Intake(resources.blobs, _room(limits, batch)))
         form = await _read_form(request, intake, batch_id, key, uploads, limits=limits, fields=frozenset({"name"}))

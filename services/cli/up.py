@@ -313,5 +313,5 @@ def _another_port(*, taken: set[int]) -> int:
 
 def _url(host: str, port: int) -> str:
     """Where a service that listens there can be asked from here."""
-    every = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared, not listened on
-    return f"http://{host_in_url(every.get(host, host))}:{port}"
+    asked = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host  # noqa: S104  # compared, not listened on
+    return f"http://{host_in_url(asked)}:{port}"

@@ -142,14 +142,15 @@ class KafkaReader:
         began = loop.time()
         wait_ms = max(0.0, (deadline - began) * 1000)
         try:
-            fetched = await consumer.getmany(timeout_ms=wait_ms, max_records=records_max)
+            try:
+                fetched = await consumer.getmany(timeout_ms=wait_ms, max_records=records_max)
+            except UnicodeDecodeError:
+                return await self._before_unreadable(consumer, records_max)
         except ConsumerStoppedError as error:
             raise self._unavailable() from error
         except KafkaError as error:
             self._stand(self._next)  # what aiokafka lost when it raised is fetched again
             raise _refusal(error) from error
-        except UnicodeDecodeError:
-            return await self._before_unreadable(consumer, records_max)
         self._silence.listen(consumer, min(wait_ms, (loop.time() - began) * 1000))
         records = [record for place, found in fetched.items() for record in self._contiguous(place, found)]
         if fetched and not records:
@@ -162,18 +163,26 @@ class KafkaReader:
         begun = dict(self._next)
         self._stand(begun)
         records: list[StoredRecord] = []
-        for partition, place in self._places.items():
-            try:
-                while self._is_known_beyond(consumer, partition) and len(records) < records_max:
-                    fetched = await consumer.getmany(place, timeout_ms=2 * FETCH_WAIT_MS, max_records=1)
-                    if not (fitting := self._contiguous(place, fetched.get(place, ()))):
-                        break
-                    records += fitting
-            except UnicodeDecodeError as error:
-                if self._next[partition] == begun[partition]:
-                    self._stand(begun)
-                    raise unreadable(place, begun[partition]) from error
-                self._stand(self._next)
+        try:
+            for partition in self._places:
+                records += await self._one_by_one(consumer, partition, records_max - len(records))
+        except BaseException:  # refused or given up: what was read here was told to nobody
+            self._stand(begun)
+            raise
+        return records
+
+    async def _one_by_one(self, consumer: Any, partition: int, records_max: int) -> list[StoredRecord]:
+        place, records = self._places[partition], list[StoredRecord]()
+        try:
+            while self._is_known_beyond(consumer, partition) and len(records) < records_max:
+                fetched = await consumer.getmany(place, timeout_ms=2 * FETCH_WAIT_MS, max_records=1)
+                if not (fitting := self._contiguous(place, fetched.get(place, ()))):
+                    break
+                records += fitting
+        except UnicodeDecodeError as error:
+            if not records:
+                raise unreadable(place, self._next[partition]) from error
+            self._stand(self._next)
         return records
 
     def _contiguous(self, place: Place, fetched: Sequence[Any]) -> list[StoredRecord]:

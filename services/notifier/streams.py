@@ -109,9 +109,10 @@ class Stream(Connected):
                 continue
             self.woken.clear()
             while frames := client.take(bytes_max=FRAME_BYTES_MAX):
-                if await self._put(send, events(frames)):
-                    client.sent(frames)
-                    FRAMES_SENT.inc()
+                if not await self._put(send, events(frames)):
+                    return
+                client.sent(frames)
+                FRAMES_SENT.inc()
             await asyncio.sleep(JOIN_PAUSE_S)  # what comes meanwhile goes out together
 
     async def _put(self, send: Send, text: str) -> bool:

@@ -63,6 +63,11 @@ class Health:
             return [f"the lane's lock cannot be asked for: {lock.problem}"] if lock.problem else []
         return [f"the lane's lock is lost: {lock.problem or 'another holds it'}"]
 
+    @property
+    def holds_lane(self) -> bool:
+        """Whether this processor holds its lane's lock, as far as it knows."""
+        return self.lane_lock is not None and self.lane_lock.held
+
     def lost(self, part: str, reason: PartError | str) -> None:
         if part not in self.parts:
             _log.warning("part_lost", part=part, reason=str(reason))

@@ -211,7 +211,7 @@ class LaneWorker:
             outcomes = []
             if work is not None:
                 outcomes = await self._attempt(work)
-            elif self._stopping:
+            elif self._stopping and not self._left_over:
                 return
             elif not facts:
                 await self._changed.wait()

@@ -320,8 +320,9 @@ async def _claim(reader: LogReader, writer: LogWriter, projection: Projection, h
     worker_id = Worker.this_process().worker_id
     partition = projection.lane.partition
     while True:
-        await _catch_up(reader, projection, health)
-        if health.lane_lock is None or not health.lane_lock.held:  # who lost it answers no newer claim with its own
+        if health.holds_lane:
+            await _catch_up(reader, projection, health)
+        if not health.holds_lane:  # who lost it writes nothing, and answers no newer claim with its own
             await asyncio.sleep(RETRY_INTERVAL_S)
             continue
         said = envelope()

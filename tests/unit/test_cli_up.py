@@ -75,7 +75,7 @@ def test_an_address_of_another_machine_is_refused_as_that(
         ("0.0.0.0", "http://127.0.0.1:80"),  # asked, not listened on
         ("", "http://127.0.0.1:80"),
         ("10.1.2.3", "http://10.1.2.3:80"),
-        ("::", "http://[::1]:80"),
+        ("::", "http://127.0.0.1:80"),
         ("fd00::1", "http://[fd00::1]:80"),
     ],
 )

@@ -679,6 +679,22 @@ def test_a_late_copy_of_a_start_that_is_given_back_again_passes() -> None:
     assert said == ""
 
 
+def test_a_late_copy_of_a_start_that_was_ignored_passes() -> None:
+    given_back = (an_upload_started(), an_upload_interrupted())
+    ignored = (
+        an_upload_started(),
+        an_upload_started(),
+        an_upload_interrupted(),
+    )  # a late copy is in work when it comes
+    other = an_upload_started(OTHER_UPLOAD, OTHER_BATCH)
+
+    said = said_of_attempts(
+        *TWO_QUEUED, *given_back, *ignored, other, *given_back, *OTHER_WORKED[1:], copies={8: 6, 12: 9}
+    )
+
+    assert said == ""
+
+
 @pytest.mark.parametrize(
     ("events", "effective", "said"),
     [
@@ -693,6 +709,18 @@ def test_a_late_copy_of_a_start_that_is_given_back_again_passes() -> None:
             ),
             [],
             f"UploadFailed at 0-9 ends attempt 3 of one queueing of upload {UPLOAD}, at most 2 are made",
+        ),
+        (
+            (
+                *ONE_QUEUED,
+                *FAILED_ONCE,
+                an_upload_started(attempt=2),
+                an_upload_attempt_failed(attempt=2),
+                an_upload_started(attempt=3),
+                a_batch_cancelled(),
+            ),
+            [],
+            f"UploadStarted at 0-8 begins attempt 3 of one queueing of upload {UPLOAD}, at most 2 are made",
         ),
         (
             (*TWO_QUEUED, an_upload_started(), *OTHER_WORKED),
@@ -749,6 +777,7 @@ def test_a_late_copy_of_a_start_that_is_given_back_again_passes() -> None:
     ],
     ids=[
         "three attempts",
+        "a third attempt, cancelled",
         "two files at once",
         "two files at once after another batch was cancelled",
         "started twice",

@@ -5,7 +5,6 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -342,6 +341,29 @@ async def test_a_thumbnail_that_the_store_does_not_take_does_not_hold_up_a_stop(
     assert not list(scene.blobs.folder.iterdir())
 
 
+async def test_a_late_copy_of_a_start_that_lands_behind_its_give_back_is_given_back_too(scene: Scene) -> None:
+    starts: list[NewRecord] = []
+    append = scene.log.append
+
+    async def appended(partition: int, records: Sequence[NewRecord], *, timeout_s: float) -> int:
+        first_start, kind = not starts, dict(records[0].headers)["ce_type"].decode()
+        offset = await append(partition, records, timeout_s=timeout_s)
+        if kind == STARTED:
+            starts.extend(records)
+        elif kind == INTERRUPTED and not first_start:
+            await scene.log.land(starts)
+            starts.clear()
+        return offset
+
+    scene.log.append = appended  # type: ignore[method-assign]  # a log that says a thing twice
+    async with working(scene) as run:
+        await scene.worker.began.wait()
+        await scene.hand.stop()
+        await run
+
+    assert scene.log.effective == [STARTED, INTERRUPTED, STARTED, INTERRUPTED]
+
+
 @dataclass
 class Broker:
     """What `_claim` reads and writes."""
@@ -349,11 +371,9 @@ class Broker:
     records: list[StoredRecord]
     next: int = 0
     looked: int = 0
-    asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def ends(self) -> dict[int, int]:
         self.looked += 1
-        self.asked.set()
         return {0: len(self.records)}
 
     async def read(self, **_: object) -> list[StoredRecord]:
@@ -377,18 +397,29 @@ async def test_a_newer_claim_is_not_answered_by_who_does_not_hold_the_lock(monke
     monkeypatch.setattr(main, "RETRY_INTERVAL_S", 0)
     newer = a_lane_claimed(after=EPOCH, worker_id="worker-2")
     broker, health = Broker(records_of(*OPENING, newer)), Health()
-    health.lane_lock = lock = SimpleNamespace(held=False)  # type: ignore[assignment]  # as far as it is asked
+    health.lane_lock = lock = SometimesHeld(broker)  # type: ignore[assignment]  # as far as it is asked
     projection = await Projection.open(MemoryRows(Tables()), partition=0, log_id=LOG_ID)
 
-    claiming = asyncio.create_task(main._claim(broker, broker, projection, health))  # type: ignore[arg-type]  # as asked
     async with asyncio.timeout(WAIT_S):
-        while broker.looked < 5:
-            broker.asked.clear()
-            await broker.asked.wait()
-        while_lost = broker.claims()
-        lock.held = True
-        epoch = await claiming
+        epoch = await main._claim(broker, broker, projection, health)  # type: ignore[arg-type]  # as asked
 
-    assert while_lost == [OPENING[1], newer]
+    assert lock.seen[:3] == [(False, 0, 2), (False, 0, 2), (True, 0, 2)], "who does not hold it does nothing"
+    assert lock.seen[3:] == [(False, 1, 2), (True, 1, 2), (True, 2, 2)], "it was lost meanwhile"
     assert [type(event) for event in broker.claims()] == [LaneClaimed] * 3
     assert epoch == len(OPENING) + 1
+
+
+@dataclass
+class SometimesHeld:
+    """A lane's lock: whether it was held each time it was asked for, and how often the log was looked at and how many
+    claims it had by then."""
+
+    broker: Broker
+    answers: list[bool] = field(default_factory=lambda: [False, False, True, False, True, True])
+    seen: list[tuple[bool, int, int]] = field(default_factory=list)
+
+    @property
+    def held(self) -> bool:
+        held = self.answers.pop(0)
+        self.seen.append((held, self.broker.looked, len(self.broker.claims())))
+        return held

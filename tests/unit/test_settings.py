@@ -42,7 +42,7 @@ def test_what_cannot_be_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, nam
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("KAFKA_BOOTSTRAP_SERVERS", "kafka-0.kafka.ns.svc.cluster.local:9092, [::1]:9093,10.0.0.1"),
+        ("KAFKA_BOOTSTRAP_SERVERS", "kafka-0.kafka.ns.svc.cluster.local:9092, [::1]:9093,10.0.0.1, "),
         ("LOG_TOPIC", "a" * 249),
         ("JWKS_URL", "https://user:word@login.example:8443/keys?tenant=1"),
         ("NOTIFIER_PUBLIC_URL", "http://[::1]:8081"),

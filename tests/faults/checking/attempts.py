@@ -14,7 +14,7 @@ from schemas.events import (
     UploadRetried,
     UploadStarted,
 )
-from tests.faults.checking.folded import FoldedLog
+from tests.faults.checking.folded import FoldedLog, Place
 from tests.faults.checking.history import Evidence
 
 ATTEMPTS_MAX = 2
@@ -32,13 +32,13 @@ class _Tried:
 
 @dataclass(slots=True)
 class _Attempts:
-    """What was tried so far. `in_work`: the number of each upload's attempt that began and did not end; `working`: the
-    upload each lane works on; `begun`: the starts, by their ids."""
+    """What was tried so far. `copies`: where copies of earlier starts stand; `in_work`: the number of each upload's
+    attempt that began and did not end; `working`: the upload each lane works on."""
 
+    copies: frozenset[Place]
     uploads: dict[str, _Tried] = field(default_factory=dict)
     in_work: dict[str, int] = field(default_factory=dict)
     working: dict[int, str] = field(default_factory=dict)
-    begun: set[str] = field(default_factory=set)
 
     def leave(self, upload_id: str) -> None:
         """It is in work no longer."""
@@ -49,7 +49,7 @@ class _Attempts:
 def violations(evidence: Evidence, folded: FoldedLog) -> Iterator[str]:
     """Two attempts a queueing at most, numbered one after the other over all queueings (an interrupted one's number is
     used again); and a lane works on one file at a time."""
-    attempts = _Attempts()
+    attempts = _Attempts(_copies(folded))
     for place in folded.called_effective(evidence.rows.verdicts):
         event = folded.facts[place].event
         if isinstance(event, LaneClaimed):  # who worked here does so no longer; the new holder says how that ended
@@ -70,16 +70,25 @@ def violations(evidence: Evidence, folded: FoldedLog) -> Iterator[str]:
             yield from (f"{folded.named(place)} {wrong}" for wrong in step(attempts, folded.facts[place]))
 
 
+def _copies(folded: FoldedLog) -> frozenset[Place]:
+    """Where a start stands that was in the log before, effective or not."""
+    first: dict[str, Place] = {}
+    starts = ((place, fact.id) for place, fact in folded.facts.items() if isinstance(fact.event, UploadStarted))
+    return frozenset(place for place, fact_id in starts if first.setdefault(fact_id, place) != place)
+
+
 def _begun(attempts: _Attempts, fact: Fact) -> Iterator[str]:
     """A late copy of a start that was given back counts once more until it is given back too: nobody works on it."""
     event = fact.event
     assert isinstance(event, UploadStarted)
+    ended = attempts.uploads[event.upload_id].ended_of_queueing
+    if ended >= ATTEMPTS_MAX:
+        yield f"begins attempt {ended + 1} of one queueing of upload {event.upload_id}, at most {ATTEMPTS_MAX} are made"
     if (number := attempts.in_work.get(event.upload_id)) is not None:
         yield f"begins upload {event.upload_id}, whose attempt {number} is in work"
     attempts.in_work[event.upload_id] = event.attempt
-    if fact.id in attempts.begun:
+    if (fact.partition, fact.offset) in attempts.copies:
         return
-    attempts.begun.add(fact.id)
     if (other := attempts.working.get(fact.partition, event.upload_id)) != event.upload_id:
         yield f"begins upload {event.upload_id} while the lane works on upload {other}"
     attempts.working[fact.partition] = event.upload_id
