@@ -1,7 +1,8 @@
 """Faults composed at random: an act is a scene in which whatever can break does, several times, while clients work.
 
 One lane or several, each with its processor; of api and of the first lane's processor there are two. Postgres is
-reached through a proxy. Some acts leave the processes alive, so that it can be seen whether they grow.
+reached through a proxy, and files are kept on a small disk where one may be mounted. Some acts leave the processes
+alive, so that it can be seen whether they grow.
 """
 
 from __future__ import annotations
@@ -18,18 +19,23 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import asyncpg
+import psutil
+import pytest
 
 from services.faults import POINTS
 from tests.faults.real.clocks import Clocks
+from tests.faults.real.disks import SmallDisk
 from tests.faults.real.poisons import poisons
 from tests.faults.real.proxy import Proxy
 from tests.faults.real.scene import Places, Scene, a_scene
-from tests.faults.real.servers import Breakable
+from tests.faults.real.servers import Breakable, let_pass
 
 NAMES = ("api-1", "api-2", "notifier-1", "processor-1", "processor-2")
 OF_OTHER_LANES = ("processor-lane1", "processor-lane2")
 PARTITIONS = (1, 2, 3)
 STRIKE_TIMEOUT_S = 12.0
+BLOBS_BYTES = 1_000_000_000
+"""Far more than the files of an act; services start with 100 MB of room."""
 Say = Callable[[str], None]
 Fault = Callable[[], Awaitable[None]]
 
@@ -57,6 +63,9 @@ async def act(stage: Stage, *, seed: int, lasts_s: float) -> tuple[list[str], Pa
         where = urlsplit(await _new_database(stage.postgres.server.url, name))
         proxy = await stack.enter_async_context(Proxy(target_port=stage.postgres.server.port).carrying())
         through = where._replace(netloc=where.netloc.replace(f":{where.port}", f":{proxy.port}")).geturl()
+        disk: SmallDisk | None = None
+        with contextlib.suppress(pytest.skip.Exception):
+            disk = await stack.enter_async_context(SmallDisk.mounted(folder / "small", size_bytes=BLOBS_BYTES))
         places = Places(
             kafka=stage.kafka.server.bootstrap_servers,
             database_url=where.geturl(),
@@ -65,6 +74,7 @@ async def act(stage: Stage, *, seed: int, lasts_s: float) -> tuple[list[str], Pa
             partitions=partitions,
             services_database_url=through,
             clocks=stack.enter_context(Clocks.kept_in(folder)),
+            blobs=disk.folder if disk is not None else None,
         )
         scene = await stack.enter_async_context(a_scene(places, seed=seed, pause_s=chance.uniform(1, 7)))
         for server in (stage.kafka, stage.postgres):
@@ -75,7 +85,7 @@ async def act(stage: Stage, *, seed: int, lasts_s: float) -> tuple[list[str], Pa
         await scene.join()
         lanes = f"{partitions} lane{'s' if partitions > 1 else ''}"
         stage.say(f"act {seed}: {lanes}, {'anything may die' if deadly else 'the processes live'}")
-        company = _Company(scene, stage, proxy, chance, names=names, deadly=deadly)
+        company = _Company(scene, stage, proxy, disk, chance, names=names, deadly=deadly)
         async with scene.looking():
             await company.play(until_s=time.monotonic() + lasts_s)
             await scene.settle()
@@ -90,6 +100,7 @@ class _Company:
     scene: Scene
     stage: Stage
     proxy: Proxy
+    disk: SmallDisk | None
     chance: random.Random
     names: Sequence[str]
     deadly: bool
@@ -117,7 +128,10 @@ class _Company:
         ]
         if self.scene.places.clocks is not None:
             sparing.append(self._set_a_clock)
-        deadly: list[Fault] = [self._strike_at_a_point] * 6 + [self._signal_somebody] * 2 + [self._break_a_server]
+        if self.disk is not None:
+            sparing.append(self._fill_the_disk)
+        deadly: list[Fault] = [self._strike_at_a_point] * 6 + [self._signal_somebody] * 2
+        deadly += [self._kill_a_decoder, self._break_a_server]
         return [*sparing, *(deadly if self.deadly else [])]
 
     async def _strike_at_a_point(self) -> None:
@@ -139,6 +153,12 @@ class _Company:
         service.send(number)
         self.scene.strike(f"{service.kind}: {number.name} at any instruction")
 
+    async def _kill_a_decoder(self) -> None:
+        processors = [service for service in self.scene.services.values() if service.kind == "processor"]
+        with contextlib.suppress(psutil.Error, IndexError):  # it ended, or has no child just now
+            self.chance.choice(psutil.Process(self.chance.choice(processors).pid).children()).kill()
+            self.scene.strike("processor: a decoder killed")
+
     async def _stop_somebody(self) -> None:
         service = self.scene.services[self.chance.choice(self.names)]
         await service.pause(self.chance.uniform(0.5, 8))
@@ -157,6 +177,15 @@ class _Company:
 
     async def _set_a_clock(self) -> None:
         self.scene.set_clock(self.chance.choice(self.names), hours_ahead=self.chance.choice((-1, 0, 1)))
+
+    async def _fill_the_disk(self) -> None:
+        assert self.disk is not None, "there is no small disk here"
+        await self.disk.fill()
+        self.scene.strike("blobs: disk full")
+        try:
+            await let_pass(self.chance.uniform(0.5, 8))
+        finally:
+            await self.disk.clear()
 
     async def _cut(self) -> None:
         self.proxy.cut_all()

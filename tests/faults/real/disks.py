@@ -19,6 +19,8 @@ import pytest
 from services.embedded.folders import make_folder
 
 FILLED_WITHIN_S = 5.0
+PAGE_BYTES = 4_096
+"""No limit at all is what a size of 0 means."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +45,10 @@ class SmallDisk:
             assert await _run("umount", "--lazy", folder)
 
     async def fill(self) -> None:
-        """Leave no room at all; what is written at the same moment is given another try to be counted."""
+        """Leave no room at all, or a page on an empty one. Where something is written at that moment, that is tried
+        again."""
         async with asyncio.timeout(FILLED_WITHIN_S):
-            while not await self._resize(shutil.disk_usage(self.folder).used):
+            while not await self._resize(max(PAGE_BYTES, shutil.disk_usage(self.folder).used)):
                 pass
 
     async def clear(self) -> None:

@@ -47,7 +47,7 @@ class Breakable:
         with self._gone():
             for pid in self._pids():
                 os.kill(pid, signal.SIGSTOP)
-            await _pass(seconds)
+            await let_pass(seconds)
             for pid in self._pids():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGCONT)
@@ -69,7 +69,7 @@ class Breakable:
     async def _again(self, away_s: float) -> None:
         port = self.server.port
         await self.server.stop()
-        await _pass(away_s)
+        await let_pass(away_s)
         self.server = self._new(self._data_dir, port)
         await self.server.start()
 
@@ -89,7 +89,7 @@ class Breakable:
             self.away.append(Away(self.part, from_s, time.monotonic()))
 
 
-async def _pass(seconds: float) -> None:
+async def let_pass(seconds: float) -> None:
     """A fault lasts; there is nothing to wait for."""
     end_s = time.monotonic() + seconds
     while (left_s := end_s - time.monotonic()) > 0:  # noqa: ASYNC110  # see above
