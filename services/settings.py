@@ -143,7 +143,7 @@ class Settings(BaseSettings):
             complaints.append(complaint)
         complaints += self._complaints_about_kafka()
         for variable, url in (("JWKS_URL", self.jwks_url), ("NOTIFIER_PUBLIC_URL", self.notifier_public_url)):
-            if url and not _matches(_WEB_URL, url):
+            if url and not is_web_url(url):
                 complaints.append(f"SLUICE_{variable} is not of the form https://host[:port]/path")
         if bad := [origin for origin in self.origins if not _ORIGIN.fullmatch(origin)]:
             complaints.append(f"SLUICE_ALLOWED_ORIGINS names {bad[0]!r}, which is not of the form https://host[:port]")
@@ -192,6 +192,11 @@ class Settings(BaseSettings):
 def host_in_url(host: str) -> str:
     """The host as it stands in a URL: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
+
+
+def is_web_url(text: str) -> bool:
+    """Whether it is an http or https URL with a host, and a port that can be where it names one."""
+    return _matches(_WEB_URL, text)
 
 
 def _matches(form: re.Pattern[str], text: str) -> bool:

@@ -184,6 +184,11 @@ class Tail:
         """Seconds since everything that was in the log had been read; infinite before the first time."""
         return float("inf") if self._caught_up_at_s is None else time.monotonic() - self._caught_up_at_s
 
+    def behind_s(self, lag_max_s: float) -> float | None:
+        """The lag where it is more than this and nothing else says why; None where it is not."""
+        lag_s = self.lag_s()
+        return lag_s if self._log_problem is None and lag_max_s < lag_s < float("inf") else None
+
     def problems(self) -> list[str]:
         """What keeps the tail from being up to date, in sentences; empty when it is."""
         ended = [str(task.exception()) for task in self._tasks if task.done() and not task.cancelled()]

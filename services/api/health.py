@@ -68,7 +68,7 @@ class Health:
         log_problem = self._tail.log_problem
         found = [f"the log cannot be read: {each}" if each == log_problem else each for each in self._tail.problems()]
         found += self._authenticator.problems()
-        if log_problem is None and self._lag_max_s < (lag_s := self._tail.lag_s()) < float("inf"):
+        if (lag_s := self._tail.behind_s(self._lag_max_s)) is not None:
             found.append(f"the log was last read to its end {lag_s:.0f} s ago, so nothing is written")
         if self._gone is not None and self._tail.database_problem is None:
             found.append(self._gone)

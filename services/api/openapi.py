@@ -19,6 +19,7 @@ from schemas.requests import CreateBatch
 from schemas.views import Added, BatchAdded, BatchView, UploadView
 from services.api import samples
 from services.api.promises import CODES
+from services.api.reading import MIN_POSITION
 
 _SCHEMAS = "#/components/schemas/"
 _WITHOUT_TOKEN = frozenset({"/v1/config", "/livez", "/readyz", "/metrics"})
@@ -254,7 +255,7 @@ def _bytes(name: str, summary: str, kind: str, upload_id: dict[str, Any]) -> dic
         "tags": ["Uploads"],
         "parameters": [
             copy.deepcopy(upload_id),
-            _min_position(),
+            _optional("min_position", MIN_POSITION, within="query"),
             _in_header("Range", "one range of bytes"),
             _in_header("If-Range", "an ETag: the range only if that is still so"),
             _in_header("If-None-Match", "an ETag; 304 if nothing changed"),
@@ -264,17 +265,6 @@ def _bytes(name: str, summary: str, kind: str, upload_id: dict[str, Any]) -> dic
             "206": {"description": "The range", **copy.deepcopy(body)},
             "304": {"description": "Nothing changed since that ETag"},
         },
-    }
-
-
-def _min_position() -> dict[str, Any]:
-    return {
-        "name": "min_position",
-        "in": "query",
-        "required": False,
-        "description": "wait until the read models include this position, such as a write answered with",
-        "schema": {"type": "string"},
-        "example": samples.POSITION,
     }
 
 
@@ -314,7 +304,11 @@ def _in_path(name: str) -> dict[str, Any]:
 
 
 def _in_header(name: str, says: str) -> dict[str, Any]:
-    return {"name": name, "in": "header", "required": False, "schema": {"type": "string"}, "description": says}
+    return _optional(name, says, within="header")
+
+
+def _optional(name: str, says: str, *, within: str) -> dict[str, Any]:
+    return {"name": name, "in": within, "required": False, "schema": {"type": "string"}, "description": says}
 
 
 def _problem(codes: list[Code]) -> dict[str, Any]:

@@ -24,6 +24,9 @@ from services.history import History, PastFact
 from services.settings import Settings
 from services.tail import Held, Tail
 
+MIN_POSITION = "wait until the read models include this position, such as a write answered with"
+"""What `Reading.wait_for` does, in the words of the OpenAPI document."""
+
 
 class Reading:
     """Reads for the api; see the module's text. All of it is as the user may see it; the rest is not found."""

@@ -19,6 +19,7 @@ from services.api import decisions
 from services.api.answers import POSITION_HEADER, answer, shown
 from services.api.asking import Caller, caller_of, key_of, small_body
 from services.api.queries import LIMIT_DEFAULT, LIMIT_MAX, Page
+from services.api.reading import MIN_POSITION
 from services.api.resources import Resources, resources_of
 
 Decide = Callable[[Batch, Mapping[str, Upload]], list[LogEvent]]
@@ -42,9 +43,7 @@ At = Annotated[
         description="as it was then: a position (that fact included), or a time (RFC 3339, that millisecond included)"
     ),
 ]
-MinPosition = Annotated[
-    str | None, Query(description="wait until the read models include this position, such as a write answered with")
-]
+MinPosition = Annotated[str | None, Query(description=MIN_POSITION)]
 
 router = APIRouter(prefix="/v1")
 

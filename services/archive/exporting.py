@@ -19,7 +19,7 @@ import zstandard
 
 from schemas.records import StoredRecord
 from services.archive.lines import DamagedLineError, Gap, Item, read, written
-from services.archive.manifest import ArchiveRefused, Manifest, Segment, checked, load, save
+from services.archive.manifest import ArchiveRefused, Manifest, Segment, checked, load, malformed, save, unpacked
 from services.archive.places import Place
 from services.archive.selecting import Selection
 from services.eventlog import EventLog, records_between
@@ -224,13 +224,10 @@ class _Lines:
 def _last_record(data: bytes, segment: Segment) -> StoredRecord | None:
     """The last record that a segment keeps; None where it keeps none. Raises ArchiveRefused."""
     try:
-        lines = zstandard.ZstdDecompressor().decompress(data).split(b"\n")[:-1]
-        items = (read(line, segment.partition) for line in reversed(lines))
+        items = (read(line, segment.partition) for line in reversed(unpacked(data)))
         return next((item for item in items if isinstance(item, StoredRecord)), None)
     except (zstandard.ZstdError, DamagedLineError) as error:
-        raise ArchiveRefused(
-            f"{segment.name} fits its SHA-256 and is no segment all the same ({error}): export into another folder"
-        ) from error
+        raise malformed(segment, str(error), mend="export into another folder") from error
 
 
 def _packed(lines: list[bytes]) -> bytes:

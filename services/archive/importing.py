@@ -19,7 +19,7 @@ from schemas.position import Position
 from schemas.records import StoredRecord
 from services.archive.exporting import OnProgress, Progress
 from services.archive.lines import DamagedLineError, Gap, Item, read
-from services.archive.manifest import ArchiveRefused, Manifest, Segment, checked, load
+from services.archive.manifest import ArchiveRefused, Manifest, Segment, checked, load, malformed, unpacked
 from services.archive.places import Place
 from services.eventlog import EventLog, LogRefused, records_between
 from services.eventlog.identity import imported_created, log_created, random_log_id
@@ -186,9 +186,9 @@ class Importer:
     async def _lines(self, segment: Segment) -> list[bytes]:
         data = await checked(self.place, segment)
         try:
-            return await asyncio.to_thread(_unpacked, data)
+            return await asyncio.to_thread(unpacked, data)
         except zstandard.ZstdError as error:
-            raise _malformed(segment, str(error)) from error
+            raise malformed(segment, str(error)) from error
 
 
 def _items(segment: Segment, lines: list[bytes]) -> Iterator[Item]:
@@ -198,22 +198,14 @@ def _items(segment: Segment, lines: list[bytes]) -> Iterator[Item]:
         try:
             item = read(line, segment.partition)
         except DamagedLineError as error:
-            raise _malformed(segment, str(error)) from error
+            raise malformed(segment, str(error)) from error
         first, last = (item.first, item.last) if isinstance(item, Gap) else (item.offset, item.offset)
         if first != expected or last < first:
-            raise _malformed(segment, f"offset {first} stands where {expected} should")
+            raise malformed(segment, f"offset {first} stands where {expected} should")
         expected = last + 1
         yield item
     if expected != segment.last_offset + 1:
-        raise _malformed(segment, f"it ends before offset {expected}, not after {segment.last_offset}")
-
-
-def _unpacked(data: bytes) -> list[bytes]:
-    return zstandard.ZstdDecompressor().decompress(data).split(b"\n")[:-1]
-
-
-def _malformed(segment: Segment, what: str) -> ArchiveRefused:
-    return ArchiveRefused(f"{segment.name} fits its SHA-256 and is no segment all the same ({what}): export anew")
+        raise malformed(segment, f"it ends before offset {expected}, not after {segment.last_offset}")
 
 
 def _another_log_id(previous: str) -> str:

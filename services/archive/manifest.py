@@ -7,6 +7,7 @@ partition reach the end that it promises. Nobody's name stands in it: of an eras
 import hashlib
 from typing import Literal
 
+import zstandard
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from services.archive.places import Place
@@ -110,3 +111,13 @@ async def checked(place: Place, segment: Segment) -> bytes:
             "not fit its SHA-256: restore it from another copy, or export anew"
         )
     return data
+
+
+def unpacked(data: bytes) -> list[bytes]:
+    """The lines of a segment; raises zstandard.ZstdError."""
+    return zstandard.ZstdDecompressor().decompress(data).split(b"\n")[:-1]
+
+
+def malformed(segment: Segment, what: str, *, mend: str = "export anew") -> ArchiveRefused:
+    """What is said of a segment that is as it was written, and should never have been written so."""
+    return ArchiveRefused(f"{segment.name} fits its SHA-256 and is no segment all the same ({what}): {mend}")

@@ -56,7 +56,7 @@ def find(*, data_dir: Path) -> Connection:
             f"Which Sluice? SLUICE_API_URL is not set and nothing runs in {data_dir}. Start one here with `sluice up`, "
             f"name its folder with --data-dir, or set SLUICE_API_URL."
         )
-    if not _is_address(api):
+    if not settings.is_web_url(api):
         raise WrongUse(f"SLUICE_API_URL={api!r} is not an address such as http://127.0.0.1:8080.")
     token = wanted.token.get_secret_value().strip()
     if not token.isascii() or not token.isprintable():
@@ -68,14 +68,6 @@ def find(*, data_dir: Path) -> Connection:
             f"SLUICE_TOKEN is not set, and {api} is not a Sluice of this folder: set it to a token of that one."
         )
     return Connection(api=api, token=token)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is none, a bracket that is not closed
-        return False
 
 
 def make_token(*, user: str, data_dir: Path, ttl_s: float = TOKEN_TTL_S, scopes: tuple[str, ...] = ()) -> str:

@@ -123,23 +123,16 @@ def _streamed(sessions: Sessions) -> Callable[[Request], Awaitable[Response]]:
     return stream
 
 
-def _behind(tail: Tail, *, lag_max_s: float) -> list[str]:
-    """What it means that the log's end was last seen too long ago, unless it is said why."""
-    if tail.log_problem is None and lag_max_s < (lag_s := tail.lag_s()) < float("inf"):
-        return [f"the log was last read to its end {lag_s:.0f} s ago, so progress is told late"]
-    return []
-
-
 def _served(
     settings: Settings, sessions: Sessions, authenticator: Authenticator, tail: Tail
 ) -> contextlib.AbstractAsyncContextManager[int]:
     def problems() -> list[str]:
-        return [
-            *tail.problems(),
-            *_behind(tail, lag_max_s=settings.tail_lag_max_s),
-            *authenticator.problems(),
-            *(["the notifier is stopping"] if sessions.stopping else []),
-        ]
+        found = [*tail.problems(), *authenticator.problems()]
+        if (lag_s := tail.behind_s(settings.tail_lag_max_s)) is not None:
+            found.append(f"the log was last read to its end {lag_s:.0f} s ago, so progress is told late")
+        if sessions.stopping:
+            found.append("the notifier is stopping")
+        return found
 
     routes = [
         *health_routes(problems),

@@ -286,12 +286,17 @@ async def test_nothing_is_started_once_a_stop_was_told(scene: Scene) -> None:
     assert scene.log.said == []
 
 
-async def test_a_start_that_comes_back_ignored_before_its_answer_is_not_worked(scene: Scene) -> None:
-    scene.log.landing = lambda: scene.log.tell(a_batch_cancelled())
+async def stopped_after_a_start(scene: Scene) -> None:
     async with working(scene) as run:
         await scene.log.has(STARTED)
         await scene.hand.stop()
         await run
+
+
+async def test_a_start_that_comes_back_ignored_before_its_answer_is_not_worked(scene: Scene) -> None:
+    scene.log.landing = lambda: scene.log.tell(a_batch_cancelled())
+
+    await stopped_after_a_start(scene)
 
     assert scene.worker.runs == 0
     assert scene.log.said == [STARTED]
@@ -299,10 +304,8 @@ async def test_a_start_that_comes_back_ignored_before_its_answer_is_not_worked(s
 
 async def test_a_batch_cancelled_before_its_start_is_answered_is_not_worked(scene: Scene) -> None:
     scene.log.landed = lambda: scene.log.tell(a_batch_cancelled())
-    async with working(scene) as run:
-        await scene.log.has(STARTED)
-        await scene.hand.stop()
-        await run
+
+    await stopped_after_a_start(scene)
 
     assert scene.worker.runs == 0
     assert scene.log.effective == [STARTED, "sluice.BatchCancelled.v1"]
