@@ -20,6 +20,7 @@ from schemas.events import (
 )
 
 NEVER_STARTED = -1
+LATE_COPY = "a late copy of an earlier start"
 
 
 _Turn = tuple[int, int, str]
@@ -167,6 +168,13 @@ def crashed(upload: Upload, *, epoch: int) -> UploadAttemptFailed | UploadFailed
         code=WorkCode.WORKER_CRASHED,
         message="The worker died while it worked on this file.",
         final=False,
+    )
+
+
+def landed_late(upload: Upload, *, epoch: int) -> UploadInterrupted:
+    """An attempt that nobody worked at: its start was read after its file had been given back."""
+    return UploadInterrupted(
+        batch_id=upload.batch_id, upload_id=upload.id, attempt=upload.attempts, epoch=epoch, reason=LATE_COPY
     )
 
 

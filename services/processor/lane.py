@@ -91,6 +91,7 @@ class LaneWorker:
         self._work: Work | None = None
         self.doing: Doing | None = None
         self.steps = 0
+        self.finished = False
         self._stopping = False
         self._changed = asyncio.Event()
         self._newest_start = 0
@@ -112,8 +113,10 @@ class LaneWorker:
 
     # What was folded
 
-    async def load(self) -> None:
-        """Begin with what the read models hold; attempts that nobody ended took their worker down with them."""
+    async def load(self, *, unbroken: bool = False) -> None:
+        """Begin with what the read models hold; attempts that nobody ended took their worker down with them, unless
+        this process ended all it had begun here and nobody else had the lane since (`unbroken`)."""
+        ended = decisions.landed_late if unbroken else decisions.crashed
         self._queue, self._left_over = decisions.Queue(), []  # Postgres may have gone away in the midst of it before
         by_id: dict[str, Batch] = {}
         async with contextlib.aclosing(self._projection.unended()) as pages:
@@ -125,7 +128,7 @@ class LaneWorker:
                     self._note_completion(batch)
                 for upload in page.uploads:
                     if upload.status == "processing":
-                        self._left_over.append(decisions.crashed(upload, epoch=self.epoch))
+                        self._left_over.append(ended(upload, epoch=self.epoch))
                     else:
                         self._place(by_id[upload.batch_id], upload)
                 await asyncio.sleep(0)
@@ -146,7 +149,7 @@ class LaneWorker:
             self._queue.started(batch.user_id, fact.offset)
             if own is None and fact.event.epoch == self.epoch:
                 # A late copy of a start that was given back since: its number was free again, but nobody works on it.
-                self._left_over.append(decisions.given_back(fact.event, reason="a late copy of an earlier start"))
+                self._left_over.append(decisions.given_back(fact.event, reason=decisions.LATE_COPY))
         if batch is not None:
             self._see_batch(batch, upload)
         self._changed.set()
@@ -194,6 +197,7 @@ class LaneWorker:
         """Work until `stop`; what an attempt came to, what completes and the next start are one append."""
         try:
             await self._go_on()
+            self.finished = True
         finally:
             self._ended_work()
 

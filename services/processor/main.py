@@ -11,7 +11,6 @@ import functools
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +19,21 @@ from typing import Any, TypeVar
 import psutil
 from starlette.applications import Starlette
 
-from schemas.batch import Changed
-from schemas.events import LaneClaimed, encode
 from schemas.records import StoredRecord
 from services.blobs import BlobStore
-from services.database import DatabaseUnavailable, ReadModelsGone
-from services.eventlog import LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
+from services.database import DatabaseUnavailable
+from services.eventlog import LogReader, LogRefused, LogUnavailable
 from services.faults import arm, reach
 from services.lifecycle import StartError, cancelled, closing, first_of, run_service, run_until_told, stopwatch
 from services.observability import LOG_LAG, configure_logging, logger
 from services.opening import Stores, open_blobs, open_stores
-from services.processor import storage, workbench
+from services.processor import storage, taking, workbench
 from services.processor.clock import LogClock
 from services.processor.health import Health
-from services.processor.lane import APPEND_TIMEOUT_S, LaneWorker, envelope
+from services.processor.lane import RETRY_INTERVAL_S, LaneWorker
 from services.processor.lock import LaneLock, sessions_of
 from services.processor.presence import Presence, Worker
-from services.processor.projection import GenerationChangedError, Projected, Projection
-from services.processor.rows import Rows
+from services.processor.projection import GenerationChangedError, Projection
 from services.processor.work.port import WorkerUnavailable
 from services.processor.work.process import WorkerProcess
 from services.recognising import Recogniser
@@ -47,12 +43,8 @@ from services.settings import Settings, load
 _log = logger("processor")
 T = TypeVar("T")
 
-READ_RECORDS_MAX = 2_000
-READ_TIMEOUT_MS = 200
 UNFLUSHED_RECORDS_MAX = 20_000
 FLUSH_PAUSE_S = 0.005
-RETRY_INTERVAL_S = 0.5
-CATCH_UP_REPORT_S = 5.0
 HOUSEKEEPING_INTERVAL_S = 2.0
 SCRATCH_PREFIX = "sluice-work-"
 
@@ -147,17 +139,20 @@ async def _start_worker(settings: Settings) -> WorkerProcess:
 
 async def _work_lanes(shop: Workshop, health: Health, stop: asyncio.Event) -> None:
     """Work the lane until `stop`; where other read models took the place of those it wrote, take it anew from these."""
+    tenure = taking.Tenure(Worker.this_process().worker_id)
     while not stop.is_set():
         try:
-            await _work_lane(shop, health, stop)
+            await _work_lane(shop, health, stop, tenure)
         except GenerationChangedError as changed:
             _log.warning("lane_begins_anew", partition=shop.settings.partition, reason=str(changed))
+            if health.hand is not None and health.hand.finished:
+                tenure.left(health.hand.epoch)
             health.projection = health.hand = health.lane_lock = None
         else:
             return
 
 
-async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> None:
+async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event, tenure: taking.Tenure) -> None:
     """Take the lane, then work it until `stop`; raises StartError where it is lost."""
     settings, stores = shop.settings, shop.stores
     async with contextlib.AsyncExitStack() as stack:
@@ -181,7 +176,8 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> Non
         keeping = asyncio.create_task(lock.keep(), name="lane.lock")
         stack.push_async_callback(cancelled, keeping)
         async with stopwatch(f"lane {settings.partition} claimed"):
-            taken = await _unless_stopped(_take(stores, settings.partition, reader, writer, health), stop)
+            take = taking.take(stores, settings.partition, reader, writer, health, tenure)
+            taken = await _unless_stopped(take, stop)
         if taken is None:
             return
         reach("processor.after_claim")
@@ -201,8 +197,9 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> Non
         recogniser = Recogniser(reader, topic=settings.log_topic, log_id=stores.log_id)
         lock.on_change = bench.on_change = hand.wake
         health.projection, health.hand = projection, hand
-        if await _unless_stopped(_load(hand, health), stop) is None:
+        if await _unless_stopped(_load(hand, health, unbroken=tenure.unbroken(epoch)), stop) is None:
             return
+        tenure.left(None)
         health.back("database")  # it may have been lost to the lane before this one, and nothing need be written now
         health.state = "working"
         _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)
@@ -254,11 +251,11 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
             await lane.projection.flush()
 
 
-async def _load(hand: LaneWorker, health: Health) -> bool:
+async def _load(hand: LaneWorker, health: Health, *, unbroken: bool) -> bool:
     """Let the hand begin with what the read models hold, however long that takes."""
     while True:
         try:
-            await hand.load()
+            await hand.load(unbroken=unbroken)
         except DatabaseUnavailable as error:
             health.lost("database", error)
             await asyncio.sleep(RETRY_INTERVAL_S)
@@ -277,104 +274,6 @@ async def _watch_log(reader: LogReader, health: Health) -> None:
         await asyncio.sleep(HOUSEKEEPING_INTERVAL_S)
 
 
-async def _take(
-    stores: Stores, partition: int, reader: LogReader, writer: LogWriter, health: Health
-) -> tuple[Projection, int]:
-    """The lane's rows, and the epoch under which it is ours."""
-    projection = await _patiently_open(stores, partition)
-    await _read_from(reader, projection)
-    return projection, await _claim(reader, writer, projection, health)
-
-
-async def _patiently_open(stores: Stores, partition: int) -> Projection:
-    while True:
-        try:
-            rows = await Rows.live(stores.database)
-            projection = await Projection.open(rows, partition=partition, log_id=stores.log_id)
-            first = projection.lane.next_offset
-            projection.quarantined = await rows.quarantined(partition, log_id=stores.log_id, first=first)
-        except DatabaseUnavailable as error:
-            if isinstance(error, ReadModelsGone):
-                with contextlib.suppress(DatabaseUnavailable):
-                    await stores.database.migrate()
-            await asyncio.sleep(RETRY_INTERVAL_S)
-        else:
-            return projection
-
-
-async def _read_from(reader: LogReader, projection: Projection) -> None:
-    while True:
-        try:
-            await reader.seek(projection.lane.partition, projection.lane.next_offset)
-        except LogUnavailable:
-            await asyncio.sleep(RETRY_INTERVAL_S)
-        except LogRefused as error:
-            raise StartError(str(error)) from error
-        else:
-            return
-
-
-async def _claim(reader: LogReader, writer: LogWriter, projection: Projection, health: Health) -> int:
-    """Catch up, say that the lane is ours, and read on until our own claim comes back effective: its offset is our
-    epoch. Everything read by then is in Postgres afterwards."""
-    worker_id = Worker.this_process().worker_id
-    partition = projection.lane.partition
-    while True:
-        if health.holds_lane:
-            await _catch_up(reader, projection, health)
-        if not health.holds_lane:  # who lost it writes nothing, and answers no newer claim with its own
-            await asyncio.sleep(RETRY_INTERVAL_S)
-            continue
-        said = envelope()
-        claim = LaneClaimed(worker_id=worker_id, after=projection.lane.epoch)
-        try:
-            await writer.append(partition, [encode(claim, said)], timeout_s=APPEND_TIMEOUT_S)
-        except (LogUnavailable, LogOutcomeUnknown) as error:
-            health.lost("log", error)
-            await asyncio.sleep(RETRY_INTERVAL_S)
-        for projected in await _catch_up(reader, projection, health):
-            if projected.fact.id == said.id and isinstance(projected.outcome, Changed):
-                return projected.fact.offset
-
-
-async def _catch_up(reader: LogReader, projection: Projection, health: Health) -> list[Projected]:
-    """Read and write to where the log ends at the call; returns the claims among what was read."""
-    claims: list[Projected] = []
-    reported = began = time.monotonic()
-    end: int | None = None
-    records: list[StoredRecord] = []  # kept until they are folded: the reader does not bring them again
-    while end is None or projection.lane.next_offset < end or projection.dirty:
-        try:
-            if end is None:
-                end = (await reader.ends())[projection.lane.partition]
-            if projection.lane.next_offset < end:
-                records = records or await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
-                folded = await projection.fold(records)
-                records = []
-                claims += [each for each in folded if isinstance(each.fact.event, LaneClaimed)]
-            await projection.flush()
-        except (LogUnavailable, DatabaseUnavailable) as error:
-            health.lost("catching up", error)
-            await asyncio.sleep(RETRY_INTERVAL_S)
-            continue
-        health.back("catching up")
-        health.back("log")
-        if time.monotonic() - reported > CATCH_UP_REPORT_S:
-            reported = time.monotonic()
-            _report_catching_up(projection, end, reported - began)
-    return claims
-
-
-def _report_catching_up(projection: Projection, end: int, seconds: float) -> None:
-    _log.info(
-        "catching_up",
-        partition=projection.lane.partition,
-        next_offset=projection.lane.next_offset,
-        records_left=end - projection.lane.next_offset,
-        seconds=round(seconds, 1),
-    )
-
-
 async def _read(lane: Lane) -> None:
     """Fold what comes and show it to the hand; never far ahead of what Postgres holds."""
     reader, projection, health = lane.reader, lane.projection, lane.health
@@ -385,7 +284,7 @@ async def _read(lane: Lane) -> None:
             await asyncio.sleep(FLUSH_PAUSE_S)
             continue
         try:
-            records = records or await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
+            records = records or await taking.next_records(reader)
             health.back("log")
             folded = await projection.fold(records)
             records = []

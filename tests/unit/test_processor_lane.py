@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from schemas.events import BatchEvent, Fact, LaneClaimed, LogEvent, decode
+from schemas.events import BatchEvent
 from schemas.records import NewRecord, StoredRecord
 from services.blobs import LocalFile
 from services.eventlog import LogOutcomeUnknown
 from services.lifecycle import cancelled
 from services.processor import lane as module
-from services.processor import main, workbench
+from services.processor import workbench
 from services.processor.health import Health
 from services.processor.lane import LaneWorker
 from services.processor.projection import Projected, Projection
@@ -29,8 +29,8 @@ from tests.examples import (
     a_batch_cancelled,
     a_batch_created,
     a_batch_sealed,
-    a_lane_claimed,
     an_upload_queued,
+    an_upload_started,
     records_of,
 )
 from tests.fakes_rows import MemoryRows, Tables
@@ -367,62 +367,26 @@ async def test_a_late_copy_of_a_start_that_lands_behind_its_give_back_is_given_b
     assert scene.log.effective == [STARTED, INTERRUPTED, STARTED, INTERRUPTED]
 
 
-@dataclass
-class Broker:
-    """What `_claim` reads and writes."""
+@pytest.mark.parametrize(("unbroken", "said"), [(True, INTERRUPTED), (False, "sluice.UploadAttemptFailed.v1")])
+async def test_what_is_found_started_has_crashed_unless_this_process_had_ended_all_it_had_begun(
+    scene: Scene, *, unbroken: bool, said: str
+) -> None:
+    await scene.log.tell(an_upload_started())
+    await scene.log.projection.flush()
+    await scene.hand.load(unbroken=unbroken)
+    scene.worker.finish.set()
 
-    records: list[StoredRecord]
-    next: int = 0
-    looked: int = 0
+    async with working(scene):
+        await scene.log.has(COMPLETED)
 
-    async def ends(self) -> dict[int, int]:
-        self.looked += 1
-        return {0: len(self.records)}
-
-    async def read(self, **_: object) -> list[StoredRecord]:
-        records, self.next = self.records[self.next :], len(self.records)
-        return records
-
-    async def append(self, _partition: int, records: Sequence[NewRecord], *, timeout_s: float) -> int:
-        assert timeout_s > 0
-        self.records += [
-            StoredRecord(0, len(self.records), self.records[-1].timestamp_ms, one.key, one.value, one.headers)
-            for one in records
-        ]
-        return len(self.records) - 1
-
-    def claims(self) -> list[LogEvent]:
-        facts = [fact for fact in map(decode, self.records) if isinstance(fact, Fact)]
-        return [fact.event for fact in facts if isinstance(fact.event, LaneClaimed)]
+    assert scene.log.effective[:3] == [STARTED, said, STARTED]
+    assert not scene.hand.finished
 
 
-async def test_a_newer_claim_is_not_answered_by_who_does_not_hold_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "RETRY_INTERVAL_S", 0)
-    newer = a_lane_claimed(after=EPOCH, worker_id="worker-2")
-    broker, health = Broker(records_of(*OPENING, newer)), Health()
-    health.lane_lock = lock = SometimesHeld(broker)  # type: ignore[assignment]  # as far as it is asked
-    projection = await Projection.open(MemoryRows(Tables()), partition=0, log_id=LOG_ID)
+async def test_a_hand_that_was_stopped_has_finished(scene: Scene) -> None:
+    async with working(scene) as run:
+        await scene.worker.began.wait()
+        await scene.hand.stop()
+        await run
 
-    async with asyncio.timeout(WAIT_S):
-        epoch = await main._claim(broker, broker, projection, health)  # type: ignore[arg-type]  # as asked
-
-    assert lock.seen[:3] == [(False, 0, 2), (False, 0, 2), (True, 0, 2)], "who does not hold it does nothing"
-    assert lock.seen[3:] == [(False, 1, 2), (True, 1, 2), (True, 2, 2)], "it was lost meanwhile"
-    assert [type(event) for event in broker.claims()] == [LaneClaimed] * 3
-    assert epoch == len(OPENING) + 1
-
-
-@dataclass
-class SometimesHeld:
-    """A lane's lock: whether it was held each time it was asked for, and how often the log was looked at and how many
-    claims it had by then."""
-
-    broker: Broker
-    answers: list[bool] = field(default_factory=lambda: [False, False, True, False, True, True])
-    seen: list[tuple[bool, int, int]] = field(default_factory=list)
-
-    @property
-    def held(self) -> bool:
-        held = self.answers.pop(0)
-        self.seen.append((held, self.broker.looked, len(self.broker.claims())))
-        return held
+    assert scene.hand.finished

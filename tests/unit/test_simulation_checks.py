@@ -35,6 +35,7 @@ from tests.examples import (
 from tests.fakes_rows import MemoryRows, Tables
 from tests.faults.simulation.checks import (
     Evidence,
+    check_attempts,
     check_counters,
     check_log,
     check_outcomes,
@@ -383,3 +384,19 @@ async def test_a_crash_in_an_undisturbed_run_is_named() -> None:
 
     assert violations(await evidence_of(*events)) == []
     assert any("nothing did" in violation for violation in violations(await evidence_of(*events, undisturbed=True)))
+
+
+@pytest.mark.parametrize(
+    ("worker_id", "copied", "found"),
+    [("worker-1", True, []), ("worker-2", True, ["cost nothing"]), ("worker-1", False, ["cost nothing"])],
+)
+def test_only_who_started_a_file_may_give_back_a_late_copy_of_that_under_a_newer_claim(
+    worker_id: str, *, copied: bool, found: list[str]
+) -> None:
+    events = [*OPENING, a_batch_created(), an_upload_queued(), an_upload_started(), an_upload_interrupted()]
+    events += [an_upload_started(), a_lane_claimed(after=EPOCH, worker_id=worker_id), an_upload_interrupted(epoch=7)]
+    records = records_of(*events)
+    if copied:
+        records[6] = replace(records[4], offset=6)
+
+    assert [sentence[-len("cost nothing") :] for sentence in check_attempts(fold(records), undisturbed=True)] == found

@@ -15,6 +15,7 @@ from schemas.events import (
     BatchCreated,
     BatchDeleted,
     BatchSealed,
+    LaneClaimed,
     LogCreated,
     UploadAttemptFailed,
     UploadFailed,
@@ -135,8 +136,12 @@ def check_counters(folding: Folding) -> Iterator[str]:
 
 
 def check_attempts(folding: Folding, *, undisturbed: bool) -> Iterator[str]:
-    """A crash is an attempt and an interruption is none; only a lane that was taken anew finds crashed attempts."""
-    started: dict[str, Any] = {}
+    """A crash is an attempt and an interruption is none; only a lane that was taken anew finds crashed attempts. Who
+    takes it anew gives back what it finds started where that start came late, behind its own give-back."""
+    workers = {(each.fact.partition, each.fact.offset): event.worker_id for event, each in folding.of(LaneClaimed)}
+    started: dict[str, UploadStarted] = {}
+    copies: Counter[str] = Counter()
+    late: dict[str, bool] = {}
     made: Counter[str] = Counter()
     before: dict[str, int] = {}
     for event, each in folding.of(UploadStarted, *_ENDS, UploadRetried):
@@ -144,14 +149,18 @@ def check_attempts(folding: Folding, *, undisturbed: bool) -> Iterator[str]:
         if isinstance(event, UploadStarted):
             made[upload_id] += 1
             started[upload_id] = event
+            late[upload_id] = copies[each.fact.id] > 0
+            copies[each.fact.id] += 1
             if event.attempt != made[upload_id]:
                 yield f"attempt {event.attempt} of {upload_id} is its number {made[upload_id]}"
         elif isinstance(event, UploadRetried):
             before[upload_id] = made[upload_id]
         elif isinstance(event, UploadInterrupted):
             made[upload_id] -= 1
-            if event.epoch != started[upload_id].epoch:
-                yield f"the attempt of {upload_id} that crashed under {started[upload_id].epoch} cost nothing"
+            lane, epoch = each.fact.partition, started[upload_id].epoch
+            own = late[upload_id] and workers.get((lane, event.epoch)) == workers.get((lane, epoch))
+            if event.epoch != epoch and not own:
+                yield f"the attempt of {upload_id} that crashed under {epoch} cost nothing"
         else:
             yield from _attempt_ended(event, each, started[upload_id], made[upload_id] - before.get(upload_id, 0))
             crashed = not isinstance(event, UploadSucceeded) and event.error.code == "worker_crashed"

@@ -32,7 +32,7 @@ from services.api import reading as reading_module
 from services.eventlog import LogIdentity
 from services.processor import main as processor_main
 from services.processor import projection as projection_module
-from services.processor import rebuilding, replay
+from services.processor import rebuilding, replay, taking
 from services.processor.projection import Projection
 from tests.fakes_rows import MemoryRows, Tables
 from tests.faults.simulation.checks import Evidence, violations
@@ -134,7 +134,7 @@ def ground(world: World) -> Iterator[None]:
         mock.patch.object(time, "time_ns", world.time_ns),
         mock.patch.object(os, "urandom", world.random_bytes),
         mock.patch.object(secrets, "token_urlsafe", world.token),
-        mock.patch.object(processor_main, "Rows", SimulatedRows),
+        mock.patch.object(taking, "Rows", SimulatedRows),
         mock.patch.object(rebuilding, "ShadowRows", SimulatedShadowRows),
         mock.patch.object(rebuilding, "_made", made),
         mock.patch.object(replay, "RebuildLock", SimulatedRebuildLock),
@@ -142,7 +142,7 @@ def ground(world: World) -> Iterator[None]:
         mock.patch.object(processor_main, "LaneLock", SimulatedLock),
         mock.patch.object(processor_main, "Presence", SimulatedPresence),
         mock.patch.object(processor_main, "Worker", SimulatedSelf),
-        mock.patch.object(processor_main, "READ_TIMEOUT_MS", IDLE_POLL_MS),
+        mock.patch.object(taking, "READ_TIMEOUT_MS", IDLE_POLL_MS),
         mock.patch.object(projection_module, "CACHED_ROWS_MAX", world.choices.choice((0, 3, 50_000))),
         mock.patch.object(tail_module, "READ_TIMEOUT_MS", IDLE_POLL_MS),
         mock.patch.object(reading_module, "queries", _QUERIES),

@@ -1,0 +1,155 @@
+"""Taking a lane: its rows as the read models hold them, and a claim in the log whose offset is the epoch of the work.
+
+Everything here waits for a log and a database that are away, and ends only where the log is refused.
+"""
+
+import asyncio
+import contextlib
+import time
+
+from schemas.batch import Changed
+from schemas.events import Fact, LaneClaimed, encode
+from schemas.records import StoredRecord
+from services.database import DatabaseUnavailable, ReadModelsGone
+from services.eventlog import LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
+from services.lifecycle import StartError
+from services.observability import logger
+from services.opening import Stores
+from services.processor.health import Health
+from services.processor.lane import APPEND_TIMEOUT_S, RETRY_INTERVAL_S, envelope
+from services.processor.projection import Projection
+from services.processor.rows import Rows
+
+_log = logger("processor")
+
+READ_RECORDS_MAX = 2_000
+READ_TIMEOUT_MS = 200
+CATCH_UP_REPORT_S = 5.0
+
+
+class Tenure:
+    """Whether a lane passed from this process to this process, every attempt of the epoch before ended by its hand:
+    what the read models still call `processing` then is a start that landed late, and nothing crashed."""
+
+    def __init__(self, worker_id: str) -> None:
+        self.worker_id = worker_id
+        self._left: int | None = None
+
+    def left(self, epoch: int | None) -> None:
+        """All that was begun under `epoch` was ended; None: something is begun, and not ended yet."""
+        self._left = epoch
+
+    def see(self, offset: int, claim: LaneClaimed) -> None:
+        """An effective claim of the lane was read; nothing was begun under it so far if it is our own."""
+        if self._left is not None and offset > self._left:
+            own = claim.worker_id == self.worker_id and claim.after == self._left
+            self._left = offset if own else None
+
+    def unbroken(self, epoch: int) -> bool:
+        """Whether nobody else had the lane between what was left in order and `epoch`."""
+        return epoch == self._left
+
+
+async def take(
+    stores: Stores, partition: int, reader: LogReader, writer: LogWriter, health: Health, tenure: Tenure
+) -> tuple[Projection, int]:
+    """The lane's rows, and the epoch under which it is ours."""
+    projection = await _patiently_open(stores, partition)
+    await _read_from(reader, projection)
+    return projection, await claim(reader, writer, projection, health, tenure)
+
+
+async def _patiently_open(stores: Stores, partition: int) -> Projection:
+    while True:
+        try:
+            rows = await Rows.live(stores.database)
+            projection = await Projection.open(rows, partition=partition, log_id=stores.log_id)
+            first = projection.lane.next_offset
+            projection.quarantined = await rows.quarantined(partition, log_id=stores.log_id, first=first)
+        except DatabaseUnavailable as error:
+            if isinstance(error, ReadModelsGone):
+                with contextlib.suppress(DatabaseUnavailable):
+                    await stores.database.migrate()
+            await asyncio.sleep(RETRY_INTERVAL_S)
+        else:
+            return projection
+
+
+async def _read_from(reader: LogReader, projection: Projection) -> None:
+    while True:
+        try:
+            await reader.seek(projection.lane.partition, projection.lane.next_offset)
+        except LogUnavailable:
+            await asyncio.sleep(RETRY_INTERVAL_S)
+        except LogRefused as error:
+            raise StartError(str(error)) from error
+        else:
+            return
+
+
+async def claim(reader: LogReader, writer: LogWriter, projection: Projection, health: Health, tenure: Tenure) -> int:
+    """Catch up, say that the lane is ours, and read on until our own claim comes back effective: its offset is our
+    epoch. Everything read by then is in Postgres afterwards."""
+    partition = projection.lane.partition
+    while True:
+        if health.holds_lane:
+            await _catch_up(reader, projection, health, tenure)
+        if not health.holds_lane:  # who lost it writes nothing, and answers no newer claim with its own
+            await asyncio.sleep(RETRY_INTERVAL_S)
+            continue
+        said = envelope()
+        event = LaneClaimed(worker_id=tenure.worker_id, after=projection.lane.epoch)
+        try:
+            await writer.append(partition, [encode(event, said)], timeout_s=APPEND_TIMEOUT_S)
+        except (LogUnavailable, LogOutcomeUnknown) as error:
+            health.lost("log", error)
+            await asyncio.sleep(RETRY_INTERVAL_S)
+        for fact in await _catch_up(reader, projection, health, tenure):
+            if fact.id == said.id:
+                return fact.offset
+
+
+async def next_records(reader: LogReader) -> list[StoredRecord]:
+    """What the log brings next, as much as is folded in one go; empty where nothing comes for a moment."""
+    return await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
+
+
+async def _catch_up(reader: LogReader, projection: Projection, health: Health, tenure: Tenure) -> list[Fact]:
+    """Read and write to where the log ends at the call; returns the effective claims among what was read."""
+    claims: list[Fact] = []
+    reported = began = time.monotonic()
+    end: int | None = None
+    records: list[StoredRecord] = []  # kept until they are folded: the reader does not bring them again
+    while end is None or projection.lane.next_offset < end or projection.dirty:
+        try:
+            if end is None:
+                end = (await reader.ends())[projection.lane.partition]
+            if projection.lane.next_offset < end:
+                records = records or await next_records(reader)
+                folded = await projection.fold(records)
+                records = []
+                for each in folded:
+                    if isinstance(each.fact.event, LaneClaimed) and isinstance(each.outcome, Changed):
+                        claims.append(each.fact)
+                        tenure.see(each.fact.offset, each.fact.event)
+            await projection.flush()
+        except (LogUnavailable, DatabaseUnavailable) as error:
+            health.lost("catching up", error)
+            await asyncio.sleep(RETRY_INTERVAL_S)
+            continue
+        health.back("catching up")
+        health.back("log")
+        if time.monotonic() - reported > CATCH_UP_REPORT_S:
+            reported = time.monotonic()
+            _report_catching_up(projection, end, reported - began)
+    return claims
+
+
+def _report_catching_up(projection: Projection, end: int, seconds: float) -> None:
+    _log.info(
+        "catching_up",
+        partition=projection.lane.partition,
+        next_offset=projection.lane.next_offset,
+        records_left=end - projection.lane.next_offset,
+        seconds=round(seconds, 1),
+    )
