@@ -7,22 +7,27 @@ processes play along; the simulator plays exactly the same.
 
 import argparse
 import asyncio
+import contextlib
 import random
 import secrets
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from services.observability import configure_logging
 from tests.faults.real import table
 from tests.faults.real.composing import Stage, act
-from tests.faults.real.servers import Breakable
+from tests.faults.real.disks import SmallDisk
+from tests.faults.real.servers import Breakable, Part
 
 ACT_S = 60.0
 SIMULATED_SHARE = 0.3
 SIMULATED_SEEDS_MAX = 100_000
+SERVER_BYTES = 4_000_000_000
+"""Far more than the acts of an hour put there, and memory only where they did."""
 
 
 def main() -> None:
@@ -67,8 +72,8 @@ async def real_faults(folder: Path, *, seed: int, lasts_s: float) -> bool:
     end_s = time.monotonic() + lasts_s
     held = True
     async with (
-        Breakable("kafka", data_dir=folder / "servers").running() as kafka,
-        Breakable("postgres", data_dir=folder / "servers").running() as postgres,
+        _server("kafka", folder / "servers") as kafka,
+        _server("postgres", folder / "servers") as postgres,
     ):
         stage = Stage(kafka, postgres, folder, say)
         while (left_s := end_s - time.monotonic()) > 0:
@@ -81,6 +86,16 @@ async def real_faults(folder: Path, *, seed: int, lasts_s: float) -> bool:
                 shutil.rmtree(files)
                 say("  everything held")
     return held
+
+
+@contextlib.asynccontextmanager
+async def _server(part: Part, data_dir: Path) -> AsyncIterator[Breakable]:
+    """On a disk of its own where one may be mounted."""
+    async with (
+        SmallDisk.where_allowed(data_dir / part, size_bytes=SERVER_BYTES) as disk,
+        Breakable(part, data_dir=data_dir, disk=disk).running() as server,
+    ):
+        yield server
 
 
 def say(line: str) -> None:

@@ -1,8 +1,8 @@
 """Faults composed at random: an act is a scene in which whatever can break does, several times, while clients work.
 
 One lane or several, each with its processor; of api and of the first lane's processor there are two. Postgres is
-reached through a proxy, and files are kept on a small disk where one may be mounted. Some acts leave the processes
-alive, so that it can be seen whether they grow.
+reached through a proxy; where a tmpfs may be mounted, files are kept on a small disk, and so are Kafka's and Postgres'
+data. Some acts leave the processes alive, so that it can be seen whether they grow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from urllib.parse import urlsplit
 
 import asyncpg
 import psutil
-import pytest
 
 from services.faults import POINTS
 from tests.faults.real.clocks import Clocks
@@ -63,9 +62,7 @@ async def act(stage: Stage, *, seed: int, lasts_s: float) -> tuple[list[str], Pa
         where = urlsplit(await _new_database(stage.postgres.server.url, name))
         proxy = await stack.enter_async_context(Proxy(target_port=stage.postgres.server.port).carrying())
         through = where._replace(netloc=where.netloc.replace(f":{where.port}", f":{proxy.port}")).geturl()
-        disk: SmallDisk | None = None
-        with contextlib.suppress(pytest.skip.Exception):
-            disk = await stack.enter_async_context(SmallDisk.mounted(folder / "small", size_bytes=BLOBS_BYTES))
+        disk = await stack.enter_async_context(SmallDisk.where_allowed(folder / "small", size_bytes=BLOBS_BYTES))
         places = Places(
             kafka=stage.kafka.server.bootstrap_servers,
             database_url=where.geturl(),
@@ -132,6 +129,8 @@ class _Company:
             sparing.append(self._fill_the_disk)
         deadly: list[Fault] = [self._strike_at_a_point] * 6 + [self._signal_somebody] * 2
         deadly += [self._kill_a_decoder, self._break_a_server]
+        if self.stage.kafka.disk is not None and self.stage.postgres.disk is not None:
+            deadly.append(self._fill_a_server)
         return [*sparing, *(deadly if self.deadly else [])]
 
     async def _strike_at_a_point(self) -> None:
@@ -171,6 +170,9 @@ class _Company:
         server = self._server()
         broken = self.chance.choice((server.kill, server.restart))
         await broken(away_s=self.chance.choice((0, 0, 3)))
+
+    async def _fill_a_server(self) -> None:
+        await self._server().fill(self.chance.uniform(0.5, 8))
 
     def _server(self) -> Breakable:
         return self.chance.choice((self.stage.kafka, self.stage.postgres))

@@ -44,6 +44,16 @@ class SmallDisk:
         finally:
             assert await _run("umount", "--lazy", folder)
 
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def where_allowed(cls, folder: Path, *, size_bytes: int) -> AsyncIterator[SmallDisk | None]:
+        """A new one on this folder, until the block is left; None where we may not mount one."""
+        async with contextlib.AsyncExitStack() as stack:
+            disk = None
+            with contextlib.suppress(pytest.skip.Exception):
+                disk = await stack.enter_async_context(cls.mounted(folder, size_bytes=size_bytes))
+            yield disk
+
     async def fill(self) -> None:
         """Leave no room at all, or a page on an empty one. Where something is written at that moment, that is tried
         again."""

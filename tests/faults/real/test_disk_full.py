@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
-import asyncpg
 import pytest
 
 from services.embedded import EmbeddedKafka, EmbeddedPostgres
 from tests.faults.real.clients import a_picture
 from tests.faults.real.disks import SmallDisk
 from tests.faults.real.scene import ALL, USERS, Places, Scene, a_scene
+from tests.faults.real.servers import use_up_the_log
 from tests.faults.real.supervised import Supervised
 
 pytestmark = pytest.mark.timeout(300)  # many processes start and die, which takes its time on a busy machine
@@ -121,12 +121,3 @@ async def test_postgres_refuses_on_a_full_disk_or_ends_and_comes_back_with_room_
         assert not any(service.exits for service in scene.services.values())
         lost = [line for line in scene.services["processor"].lines if "part_lost" in line and "part=database" in line]
         assert 1 <= len(lost) <= 3  # not at each try
-
-
-async def use_up_the_log(url: str) -> None:
-    """Go through the segments of Postgres' write-ahead log that are there, until it needs one more."""
-    connection = await asyncpg.connect(url, timeout=5, command_timeout=10)
-    with contextlib.suppress(OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
-        while True:
-            await connection.execute("SELECT pg_logical_emit_message(false, 'test', 'full'), pg_switch_wal()")
-    connection.terminate()
