@@ -6,13 +6,16 @@ this needs: heads are found through heaps whose outdated entries are dropped whe
 """
 
 import heapq
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from schemas.batch import ATTEMPTS_PER_QUEUEING, Batch, Upload
 from schemas.errors import WorkCode
 from schemas.events import (
     BatchEvent,
+    Fact,
     Failure,
+    LaneClaimed,
     UploadAttemptFailed,
     UploadFailed,
     UploadInterrupted,
@@ -171,8 +174,32 @@ def crashed(upload: Upload, *, epoch: int) -> UploadAttemptFailed | UploadFailed
     )
 
 
-def landed_late(upload: Upload, *, epoch: int) -> UploadInterrupted:
-    """An attempt that nobody worked at: its start was read after its file had been given back."""
+def landed_late(facts: Iterable[Fact], in_work: Mapping[str, int]) -> frozenset[str]:
+    """Which of the attempts in work (number by upload) were begun by a start that the log had had before.
+
+    A copy of what was sent once may land long after it, when the file was given back and the attempt's number is free
+    again: it counts, and nobody works at it. `facts`: of one partition, in order, from some way back.
+    """
+    epoch: int | None = None
+    seen: set[str] = set()
+    late: dict[str, bool] = {}
+    for fact in facts:
+        event = fact.event
+        if isinstance(event, LaneClaimed) and epoch in (None, event.after):
+            epoch = fact.offset
+        elif isinstance(event, UploadStarted | UploadInterrupted) and in_work.get(event.upload_id) == event.attempt:
+            if epoch not in (None, event.epoch):
+                continue
+            if isinstance(event, UploadInterrupted):
+                late.pop(event.upload_id, None)
+                continue
+            late.setdefault(event.upload_id, fact.id in seen)
+            seen.add(fact.id)
+    return frozenset(upload_id for upload_id, begun_late in late.items() if begun_late)
+
+
+def never_begun(upload: Upload, *, epoch: int) -> UploadInterrupted:
+    """An attempt that a late copy of a start began: nobody worked at it."""
     return UploadInterrupted(
         batch_id=upload.batch_id, upload_id=upload.id, attempt=upload.attempts, epoch=epoch, reason=LATE_COPY
     )

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -47,6 +47,9 @@ RETRY_INTERVAL_S = 0.5
 FINISH_GRACE_S = 1.0  # a clean stop hands the lane over within two seconds
 READ_BACK_TIMEOUT_S = 2.0
 PROGRESS_INTERVAL_S = 0.1
+
+LookBack = Callable[[Mapping[str, int]], Awaitable[Collection[str]]]
+"""Of which uploads the attempt in work (number by upload) was begun by a late copy of a start."""
 
 
 def envelope() -> Envelope:
@@ -91,7 +94,6 @@ class LaneWorker:
         self._work: Work | None = None
         self.doing: Doing | None = None
         self.steps = 0
-        self.finished = False
         self._stopping = False
         self._changed = asyncio.Event()
         self._newest_start = 0
@@ -113,10 +115,10 @@ class LaneWorker:
 
     # What was folded
 
-    async def load(self, *, unbroken: bool = False) -> None:
-        """Begin with what the read models hold; attempts that nobody ended took their worker down with them, unless
-        this process ended all it had begun here and nobody else had the lane since (`unbroken`)."""
-        ended = decisions.landed_late if unbroken else decisions.crashed
+    async def load(self, look_back: LookBack) -> None:
+        """Begin with what the read models hold; attempts that nobody ended took their worker down with them, but for
+        those that were begun by late copies only: nobody worked at these. `look_back` tells which these are."""
+        in_work: list[Upload] = []
         self._queue, self._left_over = decisions.Queue(), []  # Postgres may have gone away in the midst of it before
         by_id: dict[str, Batch] = {}
         async with contextlib.aclosing(self._projection.unended()) as pages:
@@ -128,10 +130,14 @@ class LaneWorker:
                     self._note_completion(batch)
                 for upload in page.uploads:
                     if upload.status == "processing":
-                        self._left_over.append(ended(upload, epoch=self.epoch))
+                        in_work.append(upload)
                     else:
                         self._place(by_id[upload.batch_id], upload)
                 await asyncio.sleep(0)
+        late = await look_back({upload.id: upload.attempts for upload in in_work}) if in_work else ()
+        for upload in in_work:
+            ended = decisions.never_begun if upload.id in late else decisions.crashed
+            self._left_over.append(ended(upload, epoch=self.epoch))
 
     def see(self, projected: Projected) -> None:
         """Take in a fact after it was folded; raises LaneLostError on a newer claim of this lane."""
@@ -197,7 +203,6 @@ class LaneWorker:
         """Work until `stop`; what an attempt came to, what completes and the next start are one append."""
         try:
             await self._go_on()
-            self.finished = True
         finally:
             self._ended_work()
 
@@ -234,12 +239,17 @@ class LaneWorker:
         self._changed.set()
 
     async def read_back(self) -> None:
-        """Wait, for a bounded time, until what was appended here has been folded: then the read models end with it."""
+        """Wait, for a bounded time, until what was appended here has been folded: then the read models end with it.
+        What lands late meanwhile is given back, as `run` would have done."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READ_BACK_TIMEOUT_S):
-                while self._unread:
+                while self._unread or self._left_over:
                     self._changed.clear()
-                    await self._changed.wait()
+                    facts, self._left_over = self._left_over, []
+                    if facts:
+                        await self._append(facts)
+                    else:
+                        await self._changed.wait()
 
     async def seal_idle(self, before_ms: int) -> None:
         """Seal the open batches that nothing was queued into since `before_ms`."""

@@ -30,7 +30,7 @@ from services.opening import Stores, open_blobs, open_stores
 from services.processor import storage, taking, workbench
 from services.processor.clock import LogClock
 from services.processor.health import Health
-from services.processor.lane import RETRY_INTERVAL_S, LaneWorker
+from services.processor.lane import RETRY_INTERVAL_S, LaneWorker, LookBack
 from services.processor.lock import LaneLock, sessions_of
 from services.processor.presence import Presence, Worker
 from services.processor.projection import GenerationChangedError, Projection
@@ -139,20 +139,17 @@ async def _start_worker(settings: Settings) -> WorkerProcess:
 
 async def _work_lanes(shop: Workshop, health: Health, stop: asyncio.Event) -> None:
     """Work the lane until `stop`; where other read models took the place of those it wrote, take it anew from these."""
-    tenure = taking.Tenure(Worker.this_process().worker_id)
     while not stop.is_set():
         try:
-            await _work_lane(shop, health, stop, tenure)
+            await _work_lane(shop, health, stop)
         except GenerationChangedError as changed:
             _log.warning("lane_begins_anew", partition=shop.settings.partition, reason=str(changed))
-            if health.hand is not None and health.hand.finished:
-                tenure.left(health.hand.epoch)
             health.projection = health.hand = health.lane_lock = None
         else:
             return
 
 
-async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event, tenure: taking.Tenure) -> None:
+async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> None:
     """Take the lane, then work it until `stop`; raises StartError where it is lost."""
     settings, stores = shop.settings, shop.stores
     async with contextlib.AsyncExitStack() as stack:
@@ -176,8 +173,7 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event, tenure
         keeping = asyncio.create_task(lock.keep(), name="lane.lock")
         stack.push_async_callback(cancelled, keeping)
         async with stopwatch(f"lane {settings.partition} claimed"):
-            take = taking.take(stores, settings.partition, reader, writer, health, tenure)
-            taken = await _unless_stopped(take, stop)
+            taken = await _unless_stopped(taking.take(stores, settings.partition, reader, writer, health), stop)
         if taken is None:
             return
         reach("processor.after_claim")
@@ -197,9 +193,9 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event, tenure
         recogniser = Recogniser(reader, topic=settings.log_topic, log_id=stores.log_id)
         lock.on_change = bench.on_change = hand.wake
         health.projection, health.hand = projection, hand
-        if await _unless_stopped(_load(hand, health, unbroken=tenure.unbroken(epoch)), stop) is None:
+        look_back = functools.partial(taking.landed_late, stores.log, settings.partition, epoch)
+        if await _unless_stopped(_load(hand, health, look_back), stop) is None:
             return
-        tenure.left(None)
         health.back("database")  # it may have been lost to the lane before this one, and nothing need be written now
         health.state = "working"
         _log.info("lane_taken", partition=settings.partition, epoch=epoch, queued=hand.queued)
@@ -251,11 +247,11 @@ async def _go_on(settings: Settings, lane: Lane, keeping: asyncio.Task[None], st
             await lane.projection.flush()
 
 
-async def _load(hand: LaneWorker, health: Health, *, unbroken: bool) -> bool:
+async def _load(hand: LaneWorker, health: Health, look_back: LookBack) -> bool:
     """Let the hand begin with what the read models hold, however long that takes."""
     while True:
         try:
-            await hand.load(unbroken=unbroken)
+            await hand.load(look_back)
         except DatabaseUnavailable as error:
             health.lost("database", error)
             await asyncio.sleep(RETRY_INTERVAL_S)

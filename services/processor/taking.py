@@ -1,4 +1,5 @@
-"""Taking a lane: its rows as the read models hold them, and a claim in the log whose offset is the epoch of the work.
+"""Taking a lane: its rows as the read models hold them, and a claim in the log whose offset is the epoch of the work;
+and looking back at what was begun before it.
 
 Everything here waits for a log and a database that are away, and ends only where the log is refused.
 """
@@ -6,17 +7,20 @@ Everything here waits for a log and a database that are away, and ends only wher
 import asyncio
 import contextlib
 import time
+from collections.abc import Mapping
 
 from schemas.batch import Changed
-from schemas.events import Fact, LaneClaimed, encode
+from schemas.events import Fact, LaneClaimed, decode, encode
 from schemas.records import StoredRecord
 from services.database import DatabaseUnavailable, ReadModelsGone
-from services.eventlog import LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
+from services.eventlog import Log, LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
 from services.lifecycle import StartError
 from services.observability import logger
 from services.opening import Stores
+from services.processor import decisions
 from services.processor.health import Health
 from services.processor.lane import APPEND_TIMEOUT_S, RETRY_INTERVAL_S, envelope
+from services.processor.presence import Worker
 from services.processor.projection import Projection
 from services.processor.rows import Rows
 
@@ -24,39 +28,18 @@ _log = logger("processor")
 
 READ_RECORDS_MAX = 2_000
 READ_TIMEOUT_MS = 200
+LOOK_BACK_RECORDS_MAX = 20_000
+"""Less than a second's reading; a copy of what was sent lands within minutes of it, or never."""
 CATCH_UP_REPORT_S = 5.0
 
 
-class Tenure:
-    """Whether a lane passed from this process to this process, every attempt of the epoch before ended by its hand:
-    what the read models still call `processing` then is a start that landed late, and nothing crashed."""
-
-    def __init__(self, worker_id: str) -> None:
-        self.worker_id = worker_id
-        self._left: int | None = None
-
-    def left(self, epoch: int | None) -> None:
-        """All that was begun under `epoch` was ended; None: something is begun, and not ended yet."""
-        self._left = epoch
-
-    def see(self, offset: int, claim: LaneClaimed) -> None:
-        """An effective claim of the lane was read; nothing was begun under it so far if it is our own."""
-        if self._left is not None and offset > self._left:
-            own = claim.worker_id == self.worker_id and claim.after == self._left
-            self._left = offset if own else None
-
-    def unbroken(self, epoch: int) -> bool:
-        """Whether nobody else had the lane between what was left in order and `epoch`."""
-        return epoch == self._left
-
-
 async def take(
-    stores: Stores, partition: int, reader: LogReader, writer: LogWriter, health: Health, tenure: Tenure
+    stores: Stores, partition: int, reader: LogReader, writer: LogWriter, health: Health
 ) -> tuple[Projection, int]:
     """The lane's rows, and the epoch under which it is ours."""
     projection = await _patiently_open(stores, partition)
-    await _read_from(reader, projection)
-    return projection, await claim(reader, writer, projection, health, tenure)
+    await _seek(reader, partition, projection.lane.next_offset)
+    return projection, await claim(reader, writer, projection, health)
 
 
 async def _patiently_open(stores: Stores, partition: int) -> Projection:
@@ -75,10 +58,10 @@ async def _patiently_open(stores: Stores, partition: int) -> Projection:
             return projection
 
 
-async def _read_from(reader: LogReader, projection: Projection) -> None:
+async def _seek(reader: LogReader, partition: int, offset: int) -> None:
     while True:
         try:
-            await reader.seek(projection.lane.partition, projection.lane.next_offset)
+            await reader.seek(partition, offset)
         except LogUnavailable:
             await asyncio.sleep(RETRY_INTERVAL_S)
         except LogRefused as error:
@@ -87,26 +70,47 @@ async def _read_from(reader: LogReader, projection: Projection) -> None:
             return
 
 
-async def claim(reader: LogReader, writer: LogWriter, projection: Projection, health: Health, tenure: Tenure) -> int:
+async def claim(reader: LogReader, writer: LogWriter, projection: Projection, health: Health) -> int:
     """Catch up, say that the lane is ours, and read on until our own claim comes back effective: its offset is our
     epoch. Everything read by then is in Postgres afterwards."""
+    worker_id = Worker.this_process().worker_id
     partition = projection.lane.partition
     while True:
         if health.holds_lane:
-            await _catch_up(reader, projection, health, tenure)
+            await _catch_up(reader, projection, health)
         if not health.holds_lane:  # who lost it writes nothing, and answers no newer claim with its own
             await asyncio.sleep(RETRY_INTERVAL_S)
             continue
         said = envelope()
-        event = LaneClaimed(worker_id=tenure.worker_id, after=projection.lane.epoch)
+        event = LaneClaimed(worker_id=worker_id, after=projection.lane.epoch)
         try:
             await writer.append(partition, [encode(event, said)], timeout_s=APPEND_TIMEOUT_S)
         except (LogUnavailable, LogOutcomeUnknown) as error:
             health.lost("log", error)
             await asyncio.sleep(RETRY_INTERVAL_S)
-        for fact in await _catch_up(reader, projection, health, tenure):
+        for fact in await _catch_up(reader, projection, health):
             if fact.id == said.id:
                 return fact.offset
+
+
+async def landed_late(log: Log, partition: int, epoch: int, in_work: Mapping[str, int]) -> frozenset[str]:
+    """Which of the attempts that were in work at the claim `epoch` a late copy of a start began; see `decisions`."""
+    first = max(0, epoch - LOOK_BACK_RECORDS_MAX)
+    reader = log.reader([partition])
+    facts: list[Fact] = []
+    try:
+        await _seek(reader, partition, first)
+        while first < epoch:
+            try:
+                records = await next_records(reader)
+            except LogUnavailable:
+                await asyncio.sleep(RETRY_INTERVAL_S)
+                continue
+            first = records[-1].offset + 1 if records else first
+            facts += [fact for fact in map(decode, records) if isinstance(fact, Fact) and fact.offset < epoch]
+    finally:
+        await reader.close()
+    return decisions.landed_late(facts, in_work)
 
 
 async def next_records(reader: LogReader) -> list[StoredRecord]:
@@ -114,7 +118,7 @@ async def next_records(reader: LogReader) -> list[StoredRecord]:
     return await reader.read(records_max=READ_RECORDS_MAX, timeout_ms=READ_TIMEOUT_MS)
 
 
-async def _catch_up(reader: LogReader, projection: Projection, health: Health, tenure: Tenure) -> list[Fact]:
+async def _catch_up(reader: LogReader, projection: Projection, health: Health) -> list[Fact]:
     """Read and write to where the log ends at the call; returns the effective claims among what was read."""
     claims: list[Fact] = []
     reported = began = time.monotonic()
@@ -128,10 +132,8 @@ async def _catch_up(reader: LogReader, projection: Projection, health: Health, t
                 records = records or await next_records(reader)
                 folded = await projection.fold(records)
                 records = []
-                for each in folded:
-                    if isinstance(each.fact.event, LaneClaimed) and isinstance(each.outcome, Changed):
-                        claims.append(each.fact)
-                        tenure.see(each.fact.offset, each.fact.event)
+                effective = (each.fact for each in folded if isinstance(each.outcome, Changed))
+                claims += [fact for fact in effective if isinstance(fact.event, LaneClaimed)]
             await projection.flush()
         except (LogUnavailable, DatabaseUnavailable) as error:
             health.lost("catching up", error)

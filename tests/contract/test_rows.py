@@ -6,7 +6,7 @@ each test is folded by the plainest fold there is (tests/examples.py); the rows 
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -213,9 +213,9 @@ async def test_a_lane_loads_a_long_queue_page_by_page_and_others_have_their_turn
     paged = SimpleNamespace(unended=partial(coming, world.rows), position=world.rows.position)
     monkeypatch.setattr(projection, "_store", paged)
     with pytest.raises(DatabaseUnavailable):
-        await hand.load()
+        await hand.load(nobody_late)
     turning = asyncio.create_task(others())
-    await hand.load()
+    await hand.load(nobody_late)
     turning.cancel()
 
     expected = decisions.Queue()
@@ -233,6 +233,10 @@ async def test_a_lane_loads_a_long_queue_page_by_page_and_others_have_their_turn
     assert list(drained(hand._queue)) == list(drained(expected))
     assert hand._left_over == [decisions.crashed(state.uploads[started.upload_id], epoch=EPOCH)]
     assert turns >= files / rows_max
+
+
+async def nobody_late(_in_work: Mapping[str, int]) -> tuple[str, ...]:
+    return ()
 
 
 def a_hand(projection: Projection, *, writer: Any = None) -> LaneWorker:

@@ -1,6 +1,7 @@
 """The lane's decisions against a plain model of the contract's fair order, and what the end of an attempt means."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,8 +10,20 @@ from hypothesis import strategies as st
 from schemas.batch import Batch, Upload
 from schemas.errors import WorkCode
 from schemas.events import UploadAttemptFailed, UploadFailed
-from services.processor.decisions import Queue, completes, crashed, failed, start
-from tests.examples import BATCH, UPLOAD, a_batch_created, an_upload_queued, an_upload_started, fold, log_of
+from services.processor.decisions import Queue, completes, crashed, failed, landed_late, never_begun, start
+from tests.examples import (
+    BATCH,
+    OTHER_UPLOAD,
+    UPLOAD,
+    a_batch_created,
+    a_lane_claimed,
+    a_log_created,
+    an_upload_interrupted,
+    an_upload_queued,
+    an_upload_started,
+    fold,
+    log_of,
+)
 from tests.examples import an_upload_succeeded as a_success
 
 EPOCH = 1
@@ -135,3 +148,47 @@ def test_only_the_last_outcome_of_a_sealed_batch_completes_it(
 
     assert completes(batch, a_success()) is expected
     assert not completes(batch, an_upload_started())
+
+
+STARTED, INTERRUPTED = an_upload_started(), an_upload_interrupted()
+CLAIMED = a_lane_claimed(after=EPOCH, worker_id="worker-2")
+FIRST = 2
+"""Where the first start stands in the logs below; `COPY` is another record of it."""
+COPY = object()
+
+
+@pytest.mark.parametrize(
+    ("events", "late"),
+    [
+        ([STARTED], False),
+        ([STARTED, COPY], False),
+        ([STARTED, INTERRUPTED, STARTED], False),
+        ([STARTED, INTERRUPTED, COPY], True),
+        ([STARTED, INTERRUPTED, COPY, CLAIMED], True),
+        ([STARTED, INTERRUPTED, STARTED, COPY], False),
+        ([STARTED, INTERRUPTED, STARTED, INTERRUPTED, COPY], True),
+        ([STARTED, INTERRUPTED, CLAIMED, COPY], False),
+        ([STARTED, INTERRUPTED, CLAIMED, COPY, an_upload_started(epoch=4)], False),
+        ([STARTED, INTERRUPTED, COPY, an_upload_interrupted(epoch=77)], True),
+        ([STARTED, INTERRUPTED, COPY, an_upload_interrupted(OTHER_UPLOAD)], True),
+        ([STARTED, INTERRUPTED, COPY, an_upload_interrupted(attempt=2)], True),
+    ],
+)
+def test_an_attempt_is_a_late_copys_where_the_log_had_had_its_start_before(events: list[Any], *, late: bool) -> None:
+    facts = log_of(a_log_created(), a_lane_claimed(), *(STARTED if event is COPY else event for event in events))
+    for place, event in enumerate(events, start=FIRST):
+        if event is COPY:
+            facts[place] = replace(facts[place], id=facts[FIRST].id)
+
+    assert landed_late(facts, {UPLOAD: 1}) == ({UPLOAD} if late else set())
+    assert landed_late(facts, {OTHER_UPLOAD: 1}) == set()
+
+
+def test_an_attempt_that_was_never_begun_is_interrupted_under_the_new_epoch() -> None:
+    upload = fold(log_of(a_log_created(), a_lane_claimed(), a_batch_created(), an_upload_queued(), STARTED)).uploads[
+        UPLOAD
+    ]
+
+    event = never_begun(upload, epoch=7)
+
+    assert (event.upload_id, event.batch_id, event.attempt, event.epoch) == (UPLOAD, BATCH, 1, 7)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from services.lifecycle import cancelled
 from services.processor import lane as module
 from services.processor import workbench
 from services.processor.health import Health
-from services.processor.lane import LaneWorker
+from services.processor.lane import LaneWorker, LookBack
 from services.processor.projection import Projected, Projection
 from services.processor.work.port import Job, WorkCancelled, WorkerUnavailable
 from services.processor.workbench import Workbench
@@ -25,7 +25,9 @@ from tests.examples import (
     EPOCH,
     LOG_ID,
     OPENING,
+    OTHER_UPLOAD,
     RESULT,
+    UPLOAD,
     a_batch_cancelled,
     a_batch_created,
     a_batch_sealed,
@@ -196,7 +198,7 @@ async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
         may_start=lambda: workbench.PART not in health.parts,
     )
     log.see, bench.on_change = hand.see, hand.wake
-    await hand.load()
+    await hand.load(late())
     return Scene(hand, log, worker, blobs, health, gates)
 
 
@@ -367,26 +369,39 @@ async def test_a_late_copy_of_a_start_that_lands_behind_its_give_back_is_given_b
     assert scene.log.effective == [STARTED, INTERRUPTED, STARTED, INTERRUPTED]
 
 
-@pytest.mark.parametrize(("unbroken", "said"), [(True, INTERRUPTED), (False, "sluice.UploadAttemptFailed.v1")])
-async def test_what_is_found_started_has_crashed_unless_this_process_had_ended_all_it_had_begun(
-    scene: Scene, *, unbroken: bool, said: str
+@pytest.mark.parametrize(
+    ("uploads", "said"), [([UPLOAD], INTERRUPTED), ([OTHER_UPLOAD], "sluice.UploadAttemptFailed.v1")]
+)
+async def test_what_is_found_in_work_has_crashed_unless_only_a_late_copy_began_it(
+    scene: Scene, uploads: list[str], said: str
 ) -> None:
     await scene.log.tell(an_upload_started())
     await scene.log.projection.flush()
-    await scene.hand.load(unbroken=unbroken)
+    await scene.hand.load(late(*uploads))
     scene.worker.finish.set()
 
     async with working(scene):
         await scene.log.has(COMPLETED)
 
     assert scene.log.effective[:3] == [STARTED, said, STARTED]
-    assert not scene.hand.finished
 
 
-async def test_a_hand_that_was_stopped_has_finished(scene: Scene) -> None:
+async def test_a_late_copy_that_is_read_after_the_hand_has_stopped_is_given_back(scene: Scene) -> None:
     async with working(scene) as run:
         await scene.worker.began.wait()
         await scene.hand.stop()
         await run
+        await scene.log.tell(an_upload_started())
+        await scene.hand.read_back()
 
-    assert scene.hand.finished
+    assert scene.log.effective == [STARTED, INTERRUPTED, STARTED, INTERRUPTED]
+
+
+def late(*uploads: str) -> LookBack:
+    """A look back that finds these to have been begun by late copies."""
+
+    async def look_back(in_work: Mapping[str, int]) -> list[str]:
+        assert set(in_work.values()) == {1}, "the number of the attempt that is in work"
+        return [upload_id for upload_id in in_work if upload_id in uploads]
+
+    return look_back

@@ -1,25 +1,35 @@
-"""Taking a lane, on a log and rows in memory: who claims it when, and whose work what is found started was."""
+"""Taking a lane, on a log and rows in memory: who claims it when, and what a look back finds."""
 
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from schemas.events import Fact, LaneClaimed, LogEvent, decode
 from schemas.records import NewRecord, StoredRecord
-from services.processor import main, taking
+from services.eventlog import LogSettings
+from services.processor import taking
 from services.processor.health import Health
-from services.processor.presence import Worker
-from services.processor.projection import GenerationChangedError, Projection
-from services.processor.taking import Tenure
-from tests.examples import EPOCH, LOG_ID, OPENING, a_lane_claimed, records_of
+from services.processor.projection import Projection
+from tests.examples import (
+    EPOCH,
+    LOG_ID,
+    OPENING,
+    OTHER_UPLOAD,
+    UPLOAD,
+    a_batch_created,
+    a_batch_sealed,
+    a_lane_claimed,
+    an_upload_interrupted,
+    an_upload_queued,
+    an_upload_started,
+    records_of,
+)
+from tests.fakes import FakeKafka, FakeLog
 from tests.fakes_rows import MemoryRows, Tables
 
 WAIT_S = 30
-OWN, OTHER = "worker-1", "worker-2"
 
 
 @dataclass
@@ -53,14 +63,13 @@ class Broker:
 
 async def test_a_newer_claim_is_not_answered_by_who_does_not_hold_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taking, "RETRY_INTERVAL_S", 0)
-    newer = a_lane_claimed(after=EPOCH, worker_id=OTHER)
+    newer = a_lane_claimed(after=EPOCH, worker_id="worker-2")
     broker, health = Broker(records_of(*OPENING, newer)), Health()
     health.lane_lock = lock = SometimesHeld(broker)  # type: ignore[assignment]  # as far as it is asked
     projection = await Projection.open(MemoryRows(Tables()), partition=0, log_id=LOG_ID)
-    tenure = Tenure(OWN)
 
     async with asyncio.timeout(WAIT_S):
-        epoch = await taking.claim(broker, broker, projection, health, tenure)  # type: ignore[arg-type]  # as asked
+        epoch = await taking.claim(broker, broker, projection, health)  # type: ignore[arg-type]  # as asked
 
     assert lock.seen[:3] == [(False, 0, 2), (False, 0, 2), (True, 0, 2)], "who does not hold it does nothing"
     assert lock.seen[3:] == [(False, 1, 2), (True, 1, 2), (True, 2, 2)], "it was lost meanwhile"
@@ -84,66 +93,21 @@ class SometimesHeld:
         return held
 
 
-@pytest.mark.parametrize(
-    ("claims", "unbroken"),
-    [
-        ([(5, OWN, EPOCH)], True),
-        ([(5, OWN, EPOCH), (7, OWN, 5)], True),
-        ([(EPOCH, OWN, None), (5, OWN, EPOCH)], True),
-        ([(5, OTHER, EPOCH)], False),
-        ([(5, OTHER, EPOCH), (7, OWN, 5)], False),
-        ([(5, OWN, 3)], False),
-    ],
-    ids=["own", "own after a claim in doubt", "read once more", "other", "other between", "not seen between"],
-)
-def test_a_lane_passed_from_own_to_own_is_unbroken(
-    claims: Sequence[tuple[int, str, int | None]], *, unbroken: bool
+@pytest.mark.parametrize(("records_max", "found"), [(20_000, {UPLOAD}), (5, {UPLOAD}), (4, set())])
+async def test_who_takes_a_lane_looks_back_so_far_for_what_a_late_copy_began(
+    monkeypatch: pytest.MonkeyPatch, records_max: int, found: set[str]
 ) -> None:
-    tenure = Tenure(OWN)
-    tenure.left(EPOCH)
-    for offset, worker_id, after in claims:
-        tenure.see(offset, a_lane_claimed(after=after, worker_id=worker_id))
+    monkeypatch.setattr(taking, "LOOK_BACK_RECORDS_MAX", records_max)
+    monkeypatch.setattr(taking, "READ_RECORDS_MAX", 2)
+    copied = an_upload_started()
+    events = [a_lane_claimed(), a_batch_created(), an_upload_queued(), copied, an_upload_interrupted()]
+    events += [a_batch_sealed(), copied, an_upload_queued(OTHER_UPLOAD), a_lane_claimed(after=EPOCH), copied]
+    records = records_of(*events)
+    records[6] = records[9] = records[3]
+    async with FakeLog.open(FakeKafka(), LogSettings(bootstrap_servers="nowhere:1")) as log:
+        await log.ensure_topics(partitions=1)
+        await log.ensure_created(partitions=1, source="test")
+        await log.writer().append(0, [NewRecord(one.key, one.value, one.headers) for one in records], timeout_s=5)
 
-    assert tenure.unbroken(claims[-1][0]) is unbroken
-
-
-def test_a_lane_in_which_something_is_begun_is_not_unbroken() -> None:
-    tenure = Tenure(OWN)
-    tenure.left(EPOCH)
-    tenure.left(None)
-    tenure.see(5, a_lane_claimed(after=EPOCH, worker_id=OWN))
-
-    assert not tenure.unbroken(5)
-
-
-async def test_the_own_claim_is_known_as_such_when_it_is_read_back() -> None:
-    broker, health, tenure = Broker(records_of(*OPENING)), Health(), Tenure(OWN)
-    health.lane_lock = SimpleNamespace(held=True)  # type: ignore[assignment]  # as far as it is asked
-    projection = await Projection.open(MemoryRows(Tables()), partition=0, log_id=LOG_ID)
-    tenure.left(EPOCH)
-
-    epoch = await taking.claim(broker, broker, projection, health, tenure)  # type: ignore[arg-type]  # as asked
-
-    assert epoch == len(OPENING)
-    assert tenure.unbroken(epoch)
-
-
-@pytest.mark.parametrize("finished", [True, False])
-async def test_only_a_hand_that_finished_at_a_switch_leaves_nothing_begun(
-    monkeypatch: pytest.MonkeyPatch, *, finished: bool
-) -> None:
-    health, found = Health(), []
-
-    async def work_lane(_shop: object, _health: object, _stop: object, tenure: Tenure) -> None:
-        own = Worker.this_process().worker_id
-        tenure.see(5, a_lane_claimed(after=EPOCH, worker_id=own))
-        found.append(tenure.unbroken(5))
-        if len(found) == 1:
-            health.hand = SimpleNamespace(finished=finished, epoch=EPOCH)  # type: ignore[assignment]  # as far as it is asked
-            raise GenerationChangedError("other read models are live")
-
-    monkeypatch.setattr(main, "_work_lane", work_lane)
-    shop: Any = SimpleNamespace(settings=SimpleNamespace(partition=0))
-    await main._work_lanes(shop, health, asyncio.Event())
-
-    assert found == [False, finished]
+        assert await taking.landed_late(log, 0, 9, {UPLOAD: 1}) == found
+        assert await taking.landed_late(log, 0, 9, {UPLOAD: 2}) == set()

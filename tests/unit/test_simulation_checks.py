@@ -387,16 +387,24 @@ async def test_a_crash_in_an_undisturbed_run_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("worker_id", "copied", "found"),
-    [("worker-1", True, []), ("worker-2", True, ["cost nothing"]), ("worker-1", False, ["cost nothing"])],
+    ("end", "copied", "found"),
+    [
+        (an_upload_interrupted(epoch=7), True, []),
+        (an_upload_interrupted(epoch=7), False, ["cost nothing"]),
+        (an_upload_attempt_failed(epoch=7), True, ["nothing did, where a start landed late at 6"]),
+        (an_upload_attempt_failed(epoch=7), False, []),
+    ],
+    ids=["a copy given back", "a start given back", "a copy that crashed", "a start that crashed"],
 )
-def test_only_who_started_a_file_may_give_back_a_late_copy_of_that_under_a_newer_claim(
-    worker_id: str, *, copied: bool, found: list[str]
+def test_what_a_late_copy_began_is_given_back_and_what_a_start_began_has_crashed(
+    end: LogEvent, *, copied: bool, found: list[str]
 ) -> None:
     events = [*OPENING, a_batch_created(), an_upload_queued(), an_upload_started(), an_upload_interrupted()]
-    events += [an_upload_started(), a_lane_claimed(after=EPOCH, worker_id=worker_id), an_upload_interrupted(epoch=7)]
-    records = records_of(*events)
+    records = records_of(*events, an_upload_started(), a_lane_claimed(after=EPOCH, worker_id="worker-2"), end)
     if copied:
         records[6] = replace(records[4], offset=6)
 
-    assert [sentence[-len("cost nothing") :] for sentence in check_attempts(fold(records), undisturbed=True)] == found
+    said = list(check_attempts(fold(records), undisturbed=False))
+
+    assert len(said) == len(found)
+    assert all(sentence.endswith(expected) for sentence, expected in zip(said, found, strict=True)), said

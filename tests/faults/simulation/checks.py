@@ -15,7 +15,6 @@ from schemas.events import (
     BatchCreated,
     BatchDeleted,
     BatchSealed,
-    LaneClaimed,
     LogCreated,
     UploadAttemptFailed,
     UploadFailed,
@@ -35,6 +34,7 @@ from tests.faults.simulation.clients import Wish
 from tests.faults.simulation.processes import Answer, Sent, Stream
 from tests.faults.simulation.reference import Effective, Folding, fold
 
+WORKER_CRASHED = "worker_crashed"
 _ENDS = (UploadAttemptFailed, UploadFailed, UploadSucceeded, UploadInterrupted)
 
 
@@ -136,38 +136,46 @@ def check_counters(folding: Folding) -> Iterator[str]:
 
 
 def check_attempts(folding: Folding, *, undisturbed: bool) -> Iterator[str]:
-    """A crash is an attempt and an interruption is none; only a lane that was taken anew finds crashed attempts. Who
-    takes it anew gives back what it finds started where that start came late, behind its own give-back."""
-    workers = {(each.fact.partition, each.fact.offset): event.worker_id for event, each in folding.of(LaneClaimed)}
-    started: dict[str, UploadStarted] = {}
-    copies: Counter[str] = Counter()
-    late: dict[str, bool] = {}
+    """A crash is an attempt and an interruption is none; only a lane that was taken anew finds crashed attempts. Where
+    a late copy of a start began one, nobody worked at it, and it is interrupted by whoever has the lane then."""
+    started: dict[str, Effective] = {}
+    first = _first_places(folding)
     made: Counter[str] = Counter()
     before: dict[str, int] = {}
     for event, each in folding.of(UploadStarted, *_ENDS, UploadRetried):
         upload_id = event.upload_id
         if isinstance(event, UploadStarted):
             made[upload_id] += 1
-            started[upload_id] = event
-            late[upload_id] = copies[each.fact.id] > 0
-            copies[each.fact.id] += 1
+            started[upload_id] = each
             if event.attempt != made[upload_id]:
                 yield f"attempt {event.attempt} of {upload_id} is its number {made[upload_id]}"
         elif isinstance(event, UploadRetried):
             before[upload_id] = made[upload_id]
-        elif isinstance(event, UploadInterrupted):
-            made[upload_id] -= 1
-            lane, epoch = each.fact.partition, started[upload_id].epoch
-            own = late[upload_id] and workers.get((lane, event.epoch)) == workers.get((lane, epoch))
-            if event.epoch != epoch and not own:
-                yield f"the attempt of {upload_id} that crashed under {epoch} cost nothing"
         else:
-            yield from _attempt_ended(event, each, started[upload_id], made[upload_id] - before.get(upload_id, 0))
-            crashed = not isinstance(event, UploadSucceeded) and event.error.code == "worker_crashed"
-            if undisturbed and crashed:
-                yield f"an attempt of {upload_id} is said to have crashed, and nothing did"
+            start: Any = started[upload_id].fact.event
+            late = first[started[upload_id].fact.id] != (each.fact.partition, started[upload_id].fact.offset)
+            crashed = not isinstance(event, UploadSucceeded | UploadInterrupted) and event.error.code == WORKER_CRASHED
+            if isinstance(event, UploadInterrupted):
+                made[upload_id] -= 1
+                if event.epoch != start.epoch and not late:
+                    yield f"the attempt of {upload_id} that crashed under {start.epoch} cost nothing"
+            else:
+                yield from _attempt_ended(event, each, start, made[upload_id] - before.get(upload_id, 0))
+            if crashed and (undisturbed or late):
+                at = f", where a start landed late at {started[upload_id].fact.offset}" if late else ""
+                yield f"an attempt of {upload_id} is said to have crashed, and nothing did{at}"
         if each.upload is not None and each.upload.attempts != made[upload_id]:
             yield f"upload {upload_id} counts {each.upload.attempts} attempts of {made[upload_id]}"
+
+
+def _first_places(folding: Folding) -> dict[str, tuple[int, int]]:
+    """Where each start stood in the log first, effective or not, by the fact's id."""
+    facts = [*(each.fact for each in folding.effective), *(fact for fact, _ in folding.ignored)]
+    starts = [fact for fact in facts if isinstance(fact.event, UploadStarted)]
+    first: dict[str, tuple[int, int]] = {}
+    for fact in sorted(starts, key=lambda fact: fact.offset):
+        first.setdefault(fact.id, (fact.partition, fact.offset))
+    return first
 
 
 def _attempt_ended(event: Any, each: Effective, started: UploadStarted, of_queueing: int) -> Iterator[str]:

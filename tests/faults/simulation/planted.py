@@ -20,7 +20,7 @@ from services.blobs import Intake
 from services.database import DatabaseUnavailable
 from services.eventlog import LogOutcomeUnknown, LogUnavailable
 from services.folding import Held
-from services.processor import decisions, lane, projection
+from services.processor import decisions, lane, projection, taking
 from services.processor.health import Health
 from services.processor.projection import Payload
 from services.processor.replay import Replay
@@ -158,6 +158,15 @@ def late_copies_overlooked() -> AbstractContextManager[Any]:
     return mock.patch.object(lane.LaneWorker, "see", careless)
 
 
+def never_looked_back() -> AbstractContextManager[Any]:
+    """Who takes a lane calls crashed whatever is in work there, late copies too."""
+
+    async def nothing(*_: object) -> frozenset[str]:
+        return frozenset()
+
+    return mock.patch.object(taking, "landed_late", nothing)
+
+
 def written_again_after_the_commit() -> AbstractContextManager[Any]:
     """A COMMIT whose answer was lost is not settled by reading the position: the payload is written once more."""
 
@@ -243,6 +252,7 @@ PLANTED: dict[str, Planted] = {
     "bytes dropped in doubt": Planted("last_place", bytes_dropped_in_doubt),
     "kept facts forgotten": Planted("two_users", kept_facts_forgotten),
     "late copies overlooked": Planted("decoder_away", late_copies_overlooked, seeds=80),
+    "never looked back": Planted("rebuilt", never_looked_back, seeds=400),
     "written again after the commit": Planted("bad_file_and_retry", written_again_after_the_commit),
     "rows ahead of the tail": Planted("deleted", rows_ahead_of_the_tail, quiet=True),
     "no fence before the commit": Planted("claimed_and_paused", no_fence_before_the_commit, quiet=True),

@@ -142,6 +142,7 @@ def ground(world: World) -> Iterator[None]:
         mock.patch.object(processor_main, "LaneLock", SimulatedLock),
         mock.patch.object(processor_main, "Presence", SimulatedPresence),
         mock.patch.object(processor_main, "Worker", SimulatedSelf),
+        mock.patch.object(taking, "Worker", SimulatedSelf),
         mock.patch.object(taking, "READ_TIMEOUT_MS", IDLE_POLL_MS),
         mock.patch.object(projection_module, "CACHED_ROWS_MAX", world.choices.choice((0, 3, 50_000))),
         mock.patch.object(tail_module, "READ_TIMEOUT_MS", IDLE_POLL_MS),
