@@ -6,7 +6,7 @@ this needs: heads are found through heaps whose outdated entries are dropped whe
 """
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from schemas.batch import ATTEMPTS_PER_QUEUEING, Batch, Upload
@@ -174,27 +174,33 @@ def crashed(upload: Upload, *, epoch: int) -> UploadAttemptFailed | UploadFailed
     )
 
 
-def landed_late(facts: Iterable[Fact], in_work: Mapping[str, int]) -> frozenset[str]:
+def landed_late(facts: Sequence[Fact], in_work: Mapping[str, int], *, claim: int) -> frozenset[str]:
     """Which of the attempts in work (number by upload) were begun by a start that the log had had before.
 
     A copy of what was sent once may land long after it, when the file was given back and the attempt's number is free
-    again: it counts, and nobody works at it. `facts`: of one partition, in order, from some way back.
+    again: it counts, and nobody works at it. `facts`: of one partition, in order, from some way back to the effective
+    claim at `claim`, with all claims, starts and interruptions among them.
     """
-    epoch: int | None = None
+    after = {fact.offset: fact.event.after for fact in facts if isinstance(fact.event, LaneClaimed)}
+    effective: set[int] = set()
+    epoch: int | None = claim
+    while epoch is not None and epoch in after:
+        effective.add(epoch)
+        epoch = after[epoch]
     seen: set[str] = set()
     late: dict[str, bool] = {}
     for fact in facts:
         event = fact.event
-        if isinstance(event, LaneClaimed) and epoch in (None, event.after):
+        if fact.offset in effective:
             epoch = fact.offset
-        elif isinstance(event, UploadStarted | UploadInterrupted) and in_work.get(event.upload_id) == event.attempt:
-            if epoch not in (None, event.epoch):
-                continue
-            if isinstance(event, UploadInterrupted):
+        elif not isinstance(event, UploadStarted | UploadInterrupted) or event.epoch != epoch:
+            continue
+        elif in_work.get(event.upload_id) == event.attempt:
+            if isinstance(event, UploadStarted):
+                late.setdefault(event.upload_id, fact.id in seen)
+                seen.add(fact.id)
+            else:
                 late.pop(event.upload_id, None)
-                continue
-            late.setdefault(event.upload_id, fact.id in seen)
-            seen.add(fact.id)
     return frozenset(upload_id for upload_id, begun_late in late.items() if begun_late)
 
 

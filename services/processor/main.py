@@ -193,7 +193,7 @@ async def _work_lane(shop: Workshop, health: Health, stop: asyncio.Event) -> Non
         recogniser = Recogniser(reader, topic=settings.log_topic, log_id=stores.log_id)
         lock.on_change = bench.on_change = hand.wake
         health.projection, health.hand = projection, hand
-        look_back = functools.partial(taking.landed_late, stores.log, settings.partition, epoch)
+        look_back = functools.partial(taking.landed_late, stores.log, settings.partition, health, epoch)
         if await _unless_stopped(_load(hand, health, look_back), stop) is None:
             return
         health.back("database")  # it may have been lost to the lane before this one, and nothing need be written now

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 from schemas.batch import Changed
-from schemas.events import Fact, LaneClaimed, decode, encode
+from schemas.events import Fact, LaneClaimed, UploadInterrupted, UploadStarted, decode, encode
 from schemas.records import StoredRecord
 from services.database import DatabaseUnavailable, ReadModelsGone
 from services.eventlog import Log, LogOutcomeUnknown, LogReader, LogRefused, LogUnavailable, LogWriter
@@ -93,24 +93,32 @@ async def claim(reader: LogReader, writer: LogWriter, projection: Projection, he
                 return fact.offset
 
 
-async def landed_late(log: Log, partition: int, epoch: int, in_work: Mapping[str, int]) -> frozenset[str]:
+async def landed_late(
+    log: Log, partition: int, health: Health, epoch: int, in_work: Mapping[str, int]
+) -> frozenset[str]:
     """Which of the attempts that were in work at the claim `epoch` a late copy of a start began; see `decisions`."""
-    first = max(0, epoch - LOOK_BACK_RECORDS_MAX)
-    reader = log.reader([partition])
+    next_offset = max(0, epoch - LOOK_BACK_RECORDS_MAX)
     facts: list[Fact] = []
+    reader = log.reader([partition])
     try:
-        await _seek(reader, partition, first)
-        while first < epoch:
+        while next_offset <= epoch:
             try:
+                await reader.seek(partition, next_offset)
                 records = await next_records(reader)
-            except LogUnavailable:
+            except LogUnavailable as error:
+                health.lost("log", error)
                 await asyncio.sleep(RETRY_INTERVAL_S)
                 continue
-            first = records[-1].offset + 1 if records else first
-            facts += [fact for fact in map(decode, records) if isinstance(fact, Fact) and fact.offset < epoch]
+            health.back("log")
+            next_offset += len(records)
+            read = (fact for fact in map(decode, records) if isinstance(fact, Fact) and fact.offset <= epoch)
+            facts += [fact for fact in read if isinstance(fact.event, LaneClaimed | UploadStarted | UploadInterrupted)]
+    except LogRefused as error:
+        _log.warning("look_back_refused", partition=partition, next_offset=next_offset, reason=str(error))
+        return frozenset()
     finally:
         await reader.close()
-    return decisions.landed_late(facts, in_work)
+    return decisions.landed_late(facts, in_work, claim=epoch)
 
 
 async def next_records(reader: LogReader) -> list[StoredRecord]:

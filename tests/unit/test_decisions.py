@@ -152,6 +152,7 @@ def test_only_the_last_outcome_of_a_sealed_batch_completes_it(
 
 STARTED, INTERRUPTED = an_upload_started(), an_upload_interrupted()
 CLAIMED = a_lane_claimed(after=EPOCH, worker_id="worker-2")
+IGNORED = a_lane_claimed(after=77, worker_id="worker-3")
 FIRST = 2
 """Where the first start stands in the logs below; `COPY` is another record of it."""
 COPY = object()
@@ -164,6 +165,8 @@ COPY = object()
         ([STARTED, COPY], False),
         ([STARTED, INTERRUPTED, STARTED], False),
         ([STARTED, INTERRUPTED, COPY], True),
+        ([STARTED, IGNORED, INTERRUPTED, COPY], True),
+        ([STARTED, INTERRUPTED, COPY, IGNORED, INTERRUPTED, STARTED], False),
         ([STARTED, INTERRUPTED, COPY, CLAIMED], True),
         ([STARTED, INTERRUPTED, STARTED, COPY], False),
         ([STARTED, INTERRUPTED, STARTED, INTERRUPTED, COPY], True),
@@ -175,13 +178,17 @@ COPY = object()
     ],
 )
 def test_an_attempt_is_a_late_copys_where_the_log_had_had_its_start_before(events: list[Any], *, late: bool) -> None:
-    facts = log_of(a_log_created(), a_lane_claimed(), *(STARTED if event is COPY else event for event in events))
+    started = [STARTED if event is COPY else event for event in events]
+    newest = FIRST + events.index(CLAIMED) if CLAIMED in events else EPOCH
+    facts = log_of(a_log_created(), a_lane_claimed(), *started, a_lane_claimed(after=newest))
     for place, event in enumerate(events, start=FIRST):
         if event is COPY:
             facts[place] = replace(facts[place], id=facts[FIRST].id)
 
-    assert landed_late(facts, {UPLOAD: 1}) == ({UPLOAD} if late else set())
-    assert landed_late(facts, {OTHER_UPLOAD: 1}) == set()
+    claim = facts[-1].offset
+    for looked_back in (facts, facts[FIRST:]):
+        assert landed_late(looked_back, {UPLOAD: 1}, claim=claim) == ({UPLOAD} if late else set())
+        assert landed_late(looked_back, {OTHER_UPLOAD: 1}, claim=claim) == set()
 
 
 def test_an_attempt_that_was_never_begun_is_interrupted_under_the_new_epoch() -> None:

@@ -2,13 +2,16 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from schemas.events import Fact, LaneClaimed, LogEvent, decode
 from schemas.records import NewRecord, StoredRecord
-from services.eventlog import LogSettings
+from services.eventlog import LogError, LogRefused, LogSettings, LogUnavailable
 from services.processor import taking
 from services.processor.health import Health
 from services.processor.projection import Projection
@@ -109,5 +112,31 @@ async def test_who_takes_a_lane_looks_back_so_far_for_what_a_late_copy_began(
         await log.ensure_created(partitions=1, source="test")
         await log.writer().append(0, [NewRecord(one.key, one.value, one.headers) for one in records], timeout_s=5)
 
-        assert await taking.landed_late(log, 0, 9, {UPLOAD: 1}) == found
-        assert await taking.landed_late(log, 0, 9, {UPLOAD: 2}) == set()
+        assert await taking.landed_late(log, 0, Health(), 9, {UPLOAD: 1}) == found
+        assert await taking.landed_late(log, 0, Health(), 9, {UPLOAD: 2}) == set()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "found", "said"),
+    [
+        (LogUnavailable("away"), {UPLOAD}, ["log lost", "log back"]),
+        (LogRefused("a record is damaged"), set(), []),
+    ],
+    ids=["away for a moment", "refused"],
+)
+async def test_a_look_back_waits_for_the_log_and_does_without_what_cannot_be_read(
+    monkeypatch: pytest.MonkeyPatch, trouble: LogError, found: set[str], said: list[str]
+) -> None:
+    monkeypatch.setattr(taking, "RETRY_INTERVAL_S", 0)
+    health, heard = Health(), list[str]()
+    monkeypatch.setattr(health, "lost", lambda part, _reason: heard.append(f"{part} lost"))
+    monkeypatch.setattr(health, "back", lambda part: heard.append(f"{part} back"))
+    started, interrupted = an_upload_started(), an_upload_interrupted()
+    records = records_of(*OPENING, started, interrupted, started, a_lane_claimed(after=EPOCH))
+    records[4] = replace(records[2], offset=4)
+    reader = SimpleNamespace(seek=AsyncMock(), read=AsyncMock(side_effect=[trouble, records]), close=AsyncMock())
+    log: Any = SimpleNamespace(reader=lambda _partitions: reader)
+
+    assert await taking.landed_late(log, 0, health, 5, {UPLOAD: 1}) == found
+    assert heard == said
+    reader.close.assert_awaited_once()
