@@ -114,7 +114,29 @@ def batch_from_tombstone(row: asyncpg.Record) -> Batch:
 
 @contextlib.contextmanager
 def reaching() -> Iterator[None]:
-    """Turn every error that means "Postgres, or what we need of it, is not there now" into DatabaseUnavailable."""
+    """Turn every error that means "Postgres, or what we need of it, is not there now" into DatabaseUnavailable.
+
+    Who is cancelled meanwhile is cancelled: a connection that a silent Postgres does not let us give back fails on the
+    way out, and that must not be taken for the answer.
+    """
+    before = _times_cancelled()
+    try:
+        with _translated():
+            yield
+    except DatabaseUnavailable as error:
+        if _times_cancelled() > before:
+            raise asyncio.CancelledError from error
+        raise
+
+
+def _times_cancelled() -> int:
+    """How often the task at work was asked to end, and has not."""
+    task = asyncio.current_task()
+    return 0 if task is None else task.cancelling()
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
     try:
         yield
     except _REFUSED as error:

@@ -1,5 +1,7 @@
 """What callers are told of a Postgres that cannot do its work just now, and of an address that is none."""
 
+import asyncio
+
 import asyncpg
 import pytest
 
@@ -7,7 +9,7 @@ from services.database import Database, DatabaseUnavailable, reaching
 from services.lifecycle import StartError
 
 
-def test_a_full_disk_is_told_as_what_it_is_and_ends_by_itself() -> None:
+async def test_a_full_disk_is_told_as_what_it_is_and_ends_by_itself() -> None:
     said = 'could not extend file "base/16384/16529": No space left on device'
 
     with pytest.raises(DatabaseUnavailable) as refused, reaching():
@@ -17,7 +19,7 @@ def test_a_full_disk_is_told_as_what_it_is_and_ends_by_itself() -> None:
     assert refused.value.told == "the database's disk is full"
 
 
-def test_a_mistake_in_sql_is_none_of_that() -> None:
+async def test_a_mistake_in_sql_is_none_of_that() -> None:
     with pytest.raises(asyncpg.PostgresSyntaxError), reaching():
         raise asyncpg.PostgresSyntaxError("syntax error")
 
@@ -48,3 +50,32 @@ async def test_an_address_that_is_none_is_refused_at_once_and_repeats_no_passwor
 async def test_a_postgres_that_is_away_is_asked_again_later() -> None:
     with pytest.raises(DatabaseUnavailable, match="the database cannot be reached"):
         await Database.open("postgresql://sluice@127.0.0.1:1/sluice")
+
+
+async def test_who_is_cancelled_ends_though_a_connection_cannot_be_given_back() -> None:
+    asked = asyncio.Event()
+    asking = asyncio.create_task(_ask(asked))
+    await asked.wait()
+    asking.cancel()
+
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+
+
+async def test_a_timeout_around_is_a_timeout_and_one_within_is_an_absence() -> None:
+    never = asyncio.get_running_loop().create_future()
+    with pytest.raises(DatabaseUnavailable), reaching():
+        async with asyncio.timeout(0):
+            await never
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(_ask(asyncio.Event()), 0.01)
+
+
+async def _ask(asked: asyncio.Event) -> None:
+    """Ask for what never comes; the connection cannot be given back either."""
+    with reaching():
+        try:
+            asked.set()
+            await asyncio.get_running_loop().create_future()
+        finally:
+            raise ConnectionResetError

@@ -1,6 +1,8 @@
 """Kafka and Postgres are paused, killed and restarted under clients at work, and connections are cut just at COMMIT."""
 
+import asyncio
 import contextlib
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +13,17 @@ import pytest
 from tests.faults.checking.processes import NOTICED_WITHIN_S
 from tests.faults.real.proxy import Cut, Proxy
 from tests.faults.real.scene import ALL, Places, Scene, a_scene
-from tests.faults.real.servers import Breakable
+from tests.faults.real.servers import Breakable, let_pass
 
 pytestmark = pytest.mark.timeout(300)  # many processes start and die, which takes its time on a busy machine
 
 LONG_S = NOTICED_WITHIN_S + 2
 """So long that nobody may say ready at the end of it."""
+
+ASKED_WITHIN_S = 1.0
+"""By then each service waits for an answer of a server that fell silent, and has not given it up yet."""
+STOPPED_WITHIN_S = 25
+"""What may take five seconds each: a question, giving its connection back, and closing the others."""
 
 
 @pytest.fixture
@@ -83,6 +90,46 @@ async def test_postgres_is_paused_and_killed_and_restarted(
             await own_postgres.restart()
             await quiet(scene)
 
+        assert await scene.reckoning() == []
+
+
+async def test_whoever_is_told_to_stop_while_postgres_is_silent_stops(
+    own_postgres: Breakable, kafka: str, unique: str, tmp_path: Path
+) -> None:
+    places = Places(kafka=kafka, database_url=own_postgres.server.url, folder=tmp_path, unique=unique)
+    await stopped_in_silence(own_postgres, places)
+
+
+async def test_whoever_is_told_to_stop_while_kafka_is_silent_stops(
+    own_kafka: Breakable, database_url: str, tmp_path: Path
+) -> None:
+    kafka = own_kafka.server.bootstrap_servers
+    await stopped_in_silence(own_kafka, Places(kafka, database_url, tmp_path, "sluice"))
+
+
+async def stopped_in_silence(server: Breakable, places: Places) -> None:
+    """Every service is told to stop while none of them gets an answer; clients come before and after."""
+    async with a_scene(places, seed=9) as scene:
+        server.on_strike = scene.strike
+        await scene.start(*ALL)
+        await scene.join()
+        async with scene.looking():
+            async with scene.lively():
+                await quiet(scene)
+
+            pausing = asyncio.create_task(server.pause(STOPPED_WITHIN_S))
+            await let_pass(ASKED_WITHIN_S)
+            for service in scene.services.values():
+                service.send(signal.SIGTERM)
+            for service in scene.services.values():
+                await service.until(lambda service=service: service.exits == [0], "its end")
+            assert not pausing.done(), f"somebody waited for {server.part}"
+            await pausing
+
+            async with scene.lively():
+                await quiet(scene)
+            await scene.settle()
+        scene.evidence.away.extend(server.away)
         assert await scene.reckoning() == []
 
 
